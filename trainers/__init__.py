@@ -1,0 +1,1 @@
+"""Training on diffusers, peft, accelerate and transformers; never on the host."""
