@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all the set-up themselves; once it is done, checking it takes a moment.
+# Another host, beside the first: make test VENV=.venv-oldest COMFYUI_PATH=~/ComfyUI-0.3.64
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN = $(VENV)/bin
+
+ifdef COMFYUI_PATH
+export COMFYUI_PATH
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-host lint benchmark clean
+
+help:
+	@echo "make demo       train a subject on a tiny model and sample with it; pictures go to demo/"
+	@echo "make test       everything that can run here: lint, unit, parity, host, browser, benchmark self-test"
+	@echo "make test-host  only the tests that run in ComfyUI"
+	@echo "make lint       ruff"
+	@echo "make benchmark  measure, and write tests/benchmarks/RESULTS.md"
+	@echo "make clean      remove the environment and everything generated"
+	@echo "variables       VENV=$(VENV) PYTHON=$(PYTHON) COMFYUI_PATH=$(COMFYUI_PATH) ARGS='more arguments'"
+
+setup:
+	@$(PYTHON) tests/setup_environment.py --venv "$(VENV)"
+
+demo: setup
+	@"$(BIN)/python" tests/demo/run.py $(ARGS)
+
+lint: setup
+	@"$(BIN)/ruff" check .
+
+test: lint
+	@"$(BIN)/pytest" $(ARGS)
+
+test-host: setup
+	@"$(BIN)/pytest" -m "host or browser" $(ARGS)
+
+benchmark: setup
+	@"$(BIN)/python" tests/benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf "$(VENV)" build demo *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path "./.venv*" -prune -exec rm -rf {} +

@@ -1,0 +1,112 @@
+"""Create the virtual environment of `make demo` and `make test`; standard library only.
+
+When a ComfyUI is found, its own requirements are installed too, so that the demo and the host tests can start it.
+Running again is cheap: a stamp in the environment names what was installed. After cloning a ComfyUI, run this once
+more with COMFYUI_PATH set to it, and the environment gains what that host needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "tests" / "constraints.txt"
+MINIMUM = (3, 11)
+STAMP = "personalize-installed.txt"
+TORCH_FAMILY = re.compile(r"^(torch|torchvision|torchaudio)\b(?!-)", re.IGNORECASE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the environment (default: .venv)")
+    venv = parser.parse_args().venv.expanduser().absolute()
+
+    if sys.version_info < MINIMUM:
+        return _refuse(
+            f"Python {MINIMUM[0]}.{MINIMUM[1]} or newer is needed, {sys.executable} is {sys.version.split()[0]}; "
+            "name another one, for example: make test PYTHON=python3.12"
+        )
+    host = find_comfyui()
+    wanted = fingerprint(host)
+    stamp = venv / STAMP
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return 0
+    try:
+        install(venv, host)
+    except subprocess.CalledProcessError as error:
+        return _refuse(f"set-up stopped: `{' '.join(map(str, error.cmd))}` failed with status {error.returncode}")
+    stamp.write_text(wanted, encoding="utf-8")
+    print(f"The environment in {venv} is ready.", flush=True)
+    return 0
+
+
+def find_comfyui() -> Path | None:
+    """The host that the demo and the tests will use; the decision itself is made in tests/tiny/find_host.py."""
+    spec = importlib.util.spec_from_file_location("find_host", ROOT / "tests" / "tiny" / "find_host.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.find_comfyui()
+
+
+def fingerprint(host: Path | None) -> str:
+    """Hash of everything that decides what gets installed, and where the editable install points."""
+    digest = hashlib.sha256(str(ROOT).encode())
+    files = [Path(__file__), CONSTRAINTS, ROOT / "pyproject.toml", ROOT / "requirements.txt"]
+    for path in files + ([host / "requirements.txt"] if host else []):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def install(venv: Path, host: Path | None) -> None:
+    """Make `venv` hold the package (editable), the test tools and what the host needs.
+
+    Raises:
+        subprocess.CalledProcessError: venv or pip failed; their own words are on the terminal.
+    """
+    python = venv / "bin" / "python"
+    if not python.exists():
+        _say(f"Creating {venv}")
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(CONSTRAINTS)]
+
+    _say("Installing torch (the largest part)")
+    subprocess.run([*pip, "torch"], check=True)
+    # Two packages come without their dependencies: torchvision, because the host imports it and its wheel may want
+    # another build of torch, and open_clip_torch, because only the merges file inside it is read.
+    subprocess.run([*pip, "--no-deps", "open_clip_torch", *(["torchvision"] if host else [])], check=True)
+
+    arguments = ["-e", f"{ROOT}[test]"]
+    with tempfile.TemporaryDirectory() as folder:
+        if host:
+            requirements = Path(folder) / "host-requirements.txt"
+            requirements.write_text(host_requirements(host), encoding="utf-8")
+            arguments += ["-r", str(requirements)]
+        _say("Installing the package and the test tools" + (f", and what {host} needs" if host else ""))
+        subprocess.run([*pip, *arguments], check=True)
+
+
+def host_requirements(host: Path) -> str:
+    """The host's requirements without torch's family, which is installed already, plus `requests`: it imports it
+    without declaring it."""
+    lines = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return "\n".join([line for line in lines if not TORCH_FAMILY.match(line.strip())] + ["requests", ""])
+
+
+def _say(sentence: str) -> None:
+    print(f"{sentence} ...", flush=True)
+
+
+def _refuse(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
