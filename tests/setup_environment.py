@@ -33,7 +33,10 @@ def main() -> int:
             f"Python {MINIMUM[0]}.{MINIMUM[1]} or newer is needed, {sys.executable} is {sys.version.split()[0]}; "
             "name another one, for example: make test PYTHON=python3.12"
         )
-    host = find_comfyui()
+    try:
+        host = find_comfyui()
+    except FileNotFoundError as error:
+        return _refuse(str(error))
     wanted = fingerprint(host)
     stamp = venv / STAMP
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
@@ -78,9 +81,8 @@ def install(venv: Path, host: Path | None) -> None:
 
     _say("Installing torch (the largest part)")
     subprocess.run([*pip, "torch"], check=True)
-    # Two packages come without their dependencies: torchvision, because the host imports it and its wheel may want
-    # another build of torch, and open_clip_torch, because only the merges file inside it is read.
-    subprocess.run([*pip, "--no-deps", "open_clip_torch", *(["torchvision"] if host else [])], check=True)
+    if host:  # it imports torchvision, whose wheel must not bring another build of torch with it
+        subprocess.run([*pip, "--no-deps", "torchvision"], check=True)
 
     arguments = ["-e", f"{ROOT}[test]"]
     with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +92,8 @@ def install(venv: Path, host: Path | None) -> None:
             arguments += ["-r", str(requirements)]
         _say("Installing the package and the test tools" + (f", and what {host} needs" if host else ""))
         subprocess.run([*pip, *arguments], check=True)
+    # Only the merges file inside it is read, so what it would need to be imported stays away.
+    subprocess.run([*pip, "--no-deps", "open_clip_torch"], check=True)
 
 
 def host_requirements(host: Path) -> str:

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from comfyui_personalize.trainers.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
