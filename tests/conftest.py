@@ -23,7 +23,6 @@ def pytest_terminal_summary(terminalreporter):
         path = f"tests/{tier}/"
         reports = [report for report in skipped if path in report.nodeid or tier in getattr(report, "keywords", ())]
         if reports:
-            reasons = sorted({str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports})
-            terminalreporter.write_line(
-                f"{tier.upper()} TESTS WERE SKIPPED: {len(reports)} NOT RUN ({'; '.join(reasons)})", yellow=True, bold=True
-            )
+            reasons = "; ".join(sorted({str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports}))
+            sentence = f"{tier.upper()} TESTS WERE SKIPPED: {len(reports)} NOT RUN ({reasons})"
+            terminalreporter.write_line(sentence, yellow=True, bold=True)
