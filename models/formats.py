@@ -4,8 +4,8 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import ConfigError, FormatError
+from .tokens import LearnedToken
 
 FORMAT_KEY = "personalize.format"
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
@@ -212,7 +213,7 @@ def describe(
     family: str,
     method: str,
     title: str,
-    triggers: str = "",
+    tokens: Sequence[LearnedToken] = (),
     config: Mapping[str, Any] | None = None,
     kind: str = "lora",
     extra: Mapping[str, str] | None = None,
@@ -222,7 +223,7 @@ def describe(
     Args:
         format_tag: kind and version, such as ``lora/1``.
         family: name from models.families.
-        triggers: the learned tokens, comma separated.
+        tokens: the learned tokens, in the order of their rows.
         config: training settings, stored as JSON.
         kind: modelspec suffix, ``lora`` or ``textual-inversion``.
         extra: further entries, such as the workflow that made the file.
@@ -231,7 +232,7 @@ def describe(
         FORMAT_KEY: format_tag,
         "personalize.family": family,
         "personalize.method": method,
-        "personalize.tokens": triggers,
+        "personalize.tokens": json.dumps([asdict(token) for token in tokens]),
         "personalize.config": json.dumps(dict(config or {}), sort_keys=True, default=str),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{_ARCHITECTURES[family]}/{kind}",
@@ -240,6 +241,16 @@ def describe(
         "ss_base_model_version": _KOHYA_BASES[family],
         "ss_output_name": title,
     }
-    if triggers:
-        metadata["modelspec.trigger_phrase"] = triggers
+    if tokens:
+        metadata["modelspec.trigger_phrase"] = ", ".join(token.trigger for token in tokens)
     return metadata | dict(extra or {})
+
+
+def stored_tokens(metadata: Mapping[str, str]) -> tuple[LearnedToken, ...]:
+    """The learned tokens that ``describe`` wrote; empty for files of other tools."""
+    try:
+        return tuple(LearnedToken(**token) for token in json.loads(metadata.get("personalize.tokens", "[]")))
+    except (ValueError, TypeError) as error:
+        raise FormatError(
+            f"the token list in the file's metadata is damaged ({error}); save or download it again"
+        ) from error

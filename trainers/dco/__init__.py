@@ -1,1 +1,1 @@
-"""The DCO recipe: LoRA and learned tokens trained to beat the frozen base on the user's pictures."""
+"""Training with Direct Consistency Optimization (arXiv 2402.12004)."""

@@ -1,0 +1,97 @@
+"""LoRA on diffusers UNets and transformers text encoders, through peft: attach, switch off, read back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..models.errors import IncompatibleModelError
+from ..models.lora import LowRankDelta
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Projections of the UNet's attention layers."""
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The same in CLIP text encoders."""
+
+
+def add_lora(
+    model: nn.Module, rank: int, targets: Sequence[str], generator: torch.Generator
+) -> dict[str, nn.Parameter]:
+    """Attach a trainable LoRA of scale 1 to every layer whose name ends in one of ``targets``.
+
+    A starts from a normal distribution of standard deviation 1/rank, as peft's "gaussian", drawn from
+    ``generator`` (CPU); B starts at zero, so that the model's output does not change. Both are float32
+    whatever the model's type. Returns the parameters by name.
+    """
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=list(targets)))
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_A." not in name and ".lora_B." not in name:
+            continue
+        parameter.data = parameter.data.float()
+        if ".lora_A." in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
+        parameter.requires_grad_(True)
+        parameters[name] = parameter
+    return parameters
+
+
+def set_lora(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> None:
+    """Attach a finished LoRA, named by the model's own module names; IncompatibleModelError when it does not fit."""
+    from peft import LoraConfig
+
+    modules = dict(model.named_modules())
+    for name, delta in deltas.items():
+        module = modules.get(name)
+        expected = None if module is None else (module.weight.shape[1], module.weight.shape[0])
+        if expected != (delta.down.shape[1], delta.up.shape[0]):
+            raise IncompatibleModelError(
+                f"the LoRA changes layer {name} of size {delta.down.shape[1]} to {delta.up.shape[0]}, the model "
+                f"{'has no such layer' if expected is None else f'has {expected[0]} to {expected[1]}'}; "
+                "load the base model it was trained on"
+            )
+    ranks = {name: delta.rank for name, delta in deltas.items()}
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=list(deltas), rank_pattern=ranks, alpha_pattern=ranks)
+    model.add_adapter(config)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if delta := deltas.get(name):
+                module.lora_A["default"].weight.copy_(delta.down.flatten(1))
+                module.lora_B["default"].weight.copy_(delta.up.flatten(1) * delta.scale)
+
+
+@contextmanager
+def lora_off(*models: nn.Module) -> Iterator[None]:
+    """Run the models without their adapters; the weights underneath are never touched.
+
+    Must not be open during a backward pass: gradient checkpointing would recompute without the adapters.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            model.disable_adapters()
+            stack.callback(model.enable_adapters)
+        yield
+
+
+def read_lora(model: nn.Module, root: str) -> dict[str, LowRankDelta]:
+    """Copies of the attached LoRA on the CPU, under names that start with ``root`` (``unet``, ``text_encoder``)."""
+    deltas = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            down, up = (_copy(side["default"].weight) for side in (module.lora_A, module.lora_B))
+            deltas[f"{root}.{name}"] = LowRankDelta(down, up, float(module.scaling["default"]))
+    return deltas
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def with_prefix_removed(deltas: Mapping[str, LowRankDelta], root: str) -> dict[str, LowRankDelta]:
+    """The entries of one model, ``unet.`` or ``text_encoder.``, under its own module names."""
+    start = f"{root}."
+    return {name[len(start) :]: replace(delta) for name, delta in deltas.items() if name.startswith(start)}

@@ -1,0 +1,355 @@
+"""The one training loop: accumulate, clip, step, report, stop, keep the best, checkpoint and resume."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..models.errors import MissingDependencyError, TrainingError
+from .checkpoint import Checkpoints, Stateful
+from .config import TrainConfig
+from .progress import Progress, SilentProgress
+from .ranks import Ranks
+from .stopping import FixedSteps, StoppingRule
+
+SMOOTHING_STEPS = 20
+"""Steps over which the loss is averaged where the best weights are looked for."""
+SKIPPED_STEPS_LIMIT = 20
+"""Consecutive fp16 steps that may overflow while the loss scale adapts."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Trained tensors that share a learning rate."""
+
+    name: str
+    parameters: dict[str, torch.nn.Parameter]
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass
+class TrainResult:
+    """What a run did; the trained weights themselves are in the groups' parameters."""
+
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    stopped_by: Literal["steps", "rule", "cancelled", "nan"] = "steps"
+    best_step: int | None = None
+    """Step whose weights were restored, when the best ones were asked for."""
+    steps_per_second: float = 0.0
+    """Of this session, without caching, previews and saving."""
+    peak_memory_bytes: int = 0
+    """Largest memory of the device, or of the process where the device is the CPU."""
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        reasons = {
+            "steps": "all steps done",
+            "rule": "the stopping rule was met",
+            "cancelled": "cancelled",
+            "nan": "the loss was no longer a number; the last good weights were kept",
+        }
+        kept = "" if self.best_step is None else f", best weights from step {self.best_step}"
+        return (
+            f"{self.steps} steps ({reasons[self.stopped_by]}{kept}), {self.steps_per_second:.2f} steps/s, "
+            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients of all tensors so that their common norm is at most ``max_norm``; returns the old norm."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm or math.inf)
+
+
+def make_optimizer(config: TrainConfig, groups: Sequence[ParameterGroup], ranks: Ranks) -> torch.optim.Optimizer:
+    """AdamW over the groups, in 8 bits when asked for; MissingDependencyError without bitsandbytes."""
+    scale = 1.0
+    if config.scale_learning_rate:
+        scale = config.batch_size * config.gradient_accumulation * ranks.count
+    settings = [
+        {"params": list(g.parameters.values()), "lr": g.learning_rate * scale, "weight_decay": g.weight_decay}
+        for g in groups
+    ]
+    shared = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(settings, **shared)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise MissingDependencyError(
+            "optimizer 'adamw8bit' needs the package bitsandbytes, which is not installed; install it or use 'adamw'"
+        ) from error
+    return AdamW8bit(settings, **shared)
+
+
+def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int):
+    """The learning-rate schedule, counted in optimizer steps."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        config.lr_schedule,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=steps,
+        num_cycles=config.lr_cycles,
+        power=config.lr_power,
+    )
+
+
+def train_loop(
+    config: TrainConfig,
+    groups: Sequence[ParameterGroup],
+    step: Callable[[], Tensor],
+    *,
+    device: torch.device,
+    state: Mapping[str, Stateful] | None = None,
+    clip_also: Sequence[Tensor] = (),
+    after_step: Callable[[], None] | None = None,
+    stopping: StoppingRule | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+    run_folder: Path | None = None,
+    fingerprint: str = "",
+    preview: Callable[[int], Image.Image] | None = None,
+) -> TrainResult:
+    """Train the groups' parameters in place until the steps are done, the rule says stop, or the user does.
+
+    Args:
+        groups: what is trained, in float32.
+        step: forward pass of the next micro-batch -> its loss, a scalar with gradient. All random draws
+            must come from ``state`` objects.
+        state: what decides the coming batches (generator, order), saved with every checkpoint.
+        clip_also: tensors whose gradients count in the clipping norm although they are not trained.
+        after_step: called after every optimizer step, for instance to retract embeddings.
+        run_folder: where the log, the previews and the training states go; None keeps nothing.
+        fingerprint: identity of settings and data; a state with another one is not resumed.
+        preview: step number -> picture.
+
+    Raises:
+        TrainingError: out of memory, or the very first loss is not a number.
+        FormatError: a checkpoint could not be written.
+    """
+    progress, ranks, state = progress or SilentProgress(), ranks or Ranks(), state or {}
+    rule = stopping or FixedSteps()
+    total, stopper = rule.limit(config.steps), rule.start()
+    optimizer = make_optimizer(config, groups, ranks)
+    schedule = make_schedule(config, optimizer, total)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16" and device.type == "cuda")
+    result = TrainResult()
+    best = _Best(groups) if config.keep == "best" else None
+    checkpoints = Checkpoints(
+        run_folder,
+        config.checkpoint_limit,
+        fingerprint,
+        groups=groups,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=scaler,
+        others={**state, "stopping": stopper, "result": _Losses(result), **({"best": best} if best else {})},
+    )
+    if config.resume:
+        result.steps = checkpoints.load_newest()
+    elif ranks.is_writer:
+        checkpoints.clear()
+    log = _Log(run_folder if ranks.is_writer else None, result.steps)
+    trained = [parameter for group in groups for parameter in group.parameters.values()]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    progress.report(result.steps, total, "training")
+    seconds, done, skipped = 0.0, 0, 0
+    try:
+        while result.steps < total:
+            started = time.perf_counter()
+            before = {name: other.state_dict() for name, other in state.items()}
+            loss = _accumulate(config, step, scaler, progress, ranks)
+            if loss is None:
+                # Draws of an unfinished step are taken back, so that a resume repeats them.
+                for name, other in state.items():
+                    other.load_state_dict(before[name])
+                result.stopped_by = "cancelled"
+                break
+            norm = _synchronize_and_clip(config, trained, clip_also, optimizer, scaler, ranks)
+            if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
+                result.stopped_by = "nan"
+                break
+            skipped = 0 if norm.isfinite() else skipped + 1
+            if skipped > SKIPPED_STEPS_LIMIT:
+                result.stopped_by = "nan"
+                break
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            for tensor in clip_also:
+                tensor.grad = None
+            if after_step is not None:
+                after_step()
+            result.steps += 1
+            result.losses.append(loss)
+            seconds, done = seconds + time.perf_counter() - started, done + 1
+            rate = schedule.get_last_lr()[0]
+            log.write(result.steps, loss, rate)
+            if best is not None:
+                best.update(result.steps, result.losses)
+            finished = ranks.any(stopper.should_stop(result.steps, loss))
+            picture = None
+            if preview and config.preview_every and result.steps % config.preview_every == 0 and ranks.is_writer:
+                picture = preview(result.steps)
+                log.save_preview(result.steps, picture)
+            message = f"loss {loss:.4f} · lr {rate:.1e} · {done / seconds:.2f} steps/s"
+            progress.report(result.steps, total, message, picture)
+            if config.checkpoint_every and result.steps % config.checkpoint_every == 0 and ranks.is_writer:
+                checkpoints.save(result.steps)
+            if finished:
+                result.stopped_by = "rule"
+                break
+    except torch.OutOfMemoryError as error:
+        optimizer.zero_grad(set_to_none=True)
+        raise TrainingError(
+            f"out of memory at step {result.steps + 1} with batch size {config.batch_size}, {config.precision}"
+            f"{'' if config.gradient_checkpointing else ' and no gradient checkpointing'}; lower the batch size, the "
+            "resolution or the rank, turn on gradient checkpointing, or train in bf16"
+        ) from error
+    finally:
+        log.close()
+    result.steps_per_second = done / seconds if done else 0.0
+    result.peak_memory_bytes = peak_memory(device)
+    if result.stopped_by == "nan" and not result.steps:
+        raise TrainingError(
+            "the first loss is not a number; use fp32 or bf16, or check the pictures and the checkpoint"
+        )
+    if result.stopped_by == "cancelled" and result.steps and ranks.is_writer:
+        checkpoints.save(result.steps)
+    optimizer.zero_grad(set_to_none=True)
+    if best is not None:
+        result.best_step = best.restore()
+    return result
+
+
+def _accumulate(config, step, scaler, progress, ranks) -> float | None:
+    """Backward passes of one optimizer step; the mean loss, or None when the user cancelled."""
+    total = 0.0
+    for _ in range(config.gradient_accumulation):
+        if ranks.any(progress.cancelled()):
+            return None
+        loss = step() / config.gradient_accumulation
+        scaler.scale(loss).backward()
+        total += float(ranks.mean(loss.detach()))
+    return total
+
+
+def _synchronize_and_clip(config, trained, clip_also, optimizer, scaler, ranks) -> Tensor:
+    """Average the gradients over the ranks, undo the loss scale and clip; the norm before clipping."""
+    if ranks.count > 1:
+        for tensor in (*trained, *clip_also):
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            tensor.grad = ranks.mean(tensor.grad)
+    scaler.unscale_(optimizer)
+    if scaler.is_enabled():
+        for tensor in clip_also:
+            if tensor.grad is not None:
+                tensor.grad.div_(scaler.get_scale())
+    return clip_gradients([*trained, *clip_also], config.max_grad_norm)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's largest allocation, or on the CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    # Linux counts kibibytes here, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Losses:
+    """The loss history as part of a training state."""
+
+    def __init__(self, result: TrainResult) -> None:
+        self._result = result
+
+    def state_dict(self) -> dict:
+        return {"losses": self._result.losses}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._result.losses[:] = state["losses"]
+
+
+class _Best:
+    """Copies of the weights where the smoothed loss was lowest."""
+
+    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
+        self._parameters = {f"{g.name}.{name}": p for g in groups for name, p in g.parameters.items()}
+        self._copies: dict[str, Tensor] = {}
+        self._step, self._score = None, math.inf
+
+    def update(self, step: int, losses: Sequence[float]) -> None:
+        if step < SMOOTHING_STEPS:
+            return
+        score = sum(losses[-SMOOTHING_STEPS:]) / SMOOTHING_STEPS
+        if score < self._score:
+            self._step, self._score = step, score
+            self._copies = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def restore(self) -> int | None:
+        """Put the best weights back in place; the step they come from, or None after too short a run."""
+        for name, copy in self._copies.items():
+            self._parameters[name].copy_(copy)
+        return self._step
+
+    def state_dict(self) -> dict:
+        return {"step": self._step, "score": self._score if self._step else None, **self._copies}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._copies = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self._step, self._score = state["step"], math.inf if state["score"] is None else state["score"]
+
+
+class _Log:
+    """One JSON line per optimizer step, and the preview pictures."""
+
+    def __init__(self, folder: Path | None, resumed_at: int) -> None:
+        self._folder, self._file = folder, None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "log.jsonl"
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_at] if resumed_at else []
+            self._file = path.open("w", encoding="utf-8")
+            self._file.writelines(kept)
+
+    def write(self, step: int, loss: float, rate: float) -> None:
+        if self._file:
+            self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate}) + "\n")
+            self._file.flush()
+
+    def save_preview(self, step: int, picture: Image.Image) -> None:
+        if self._folder:
+            picture.save(self._folder / f"preview-{step:06d}.jpg", quality=92)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines; a crash may have cut the last one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]

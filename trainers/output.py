@@ -1,0 +1,105 @@
+"""The files a training leaves: a LoRA that carries its learned tokens, and the tokens as embedding files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models.errors import ConfigError
+from ..models.families import Family
+from ..models.formats import describe, safe_name, write_safetensors
+from ..models.lora import LowRankDelta, kohya_tensors
+from ..models.tokens import LearnedToken
+from .config import TrainConfig
+
+LORA_FORMAT = "lora/1"
+EMBEDDING_FORMAT = "embedding/1"
+
+
+@dataclass(frozen=True)
+class OutputPlace:
+    """Where a training saves: one name, in the LoRA folder and in the embeddings folder."""
+
+    name: str
+    lora_folder: Path
+    embedding_folder: Path
+    run_folder: Path
+    """Log, previews and training states."""
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        safe_name(self.name)
+
+    @property
+    def lora_path(self) -> Path:
+        return self.lora_folder / f"{self.name}.safetensors"
+
+    def embedding_path(self, token: LearnedToken, tokens: Sequence[LearnedToken]) -> Path:
+        """Named like the LoRA; with several tokens each file also carries its own."""
+        suffix = "" if len(tokens) == 1 else f"_{plain_name(token.trigger)}"
+        return self.embedding_folder / f"{self.name}{suffix}.safetensors"
+
+    def check_free(self, tokens: Sequence[LearnedToken]) -> None:
+        """Raise ConfigError when a file would be overwritten without permission; called before anything is loaded."""
+        if self.overwrite:
+            return
+        for path in (self.lora_path, *(self.embedding_path(token, tokens) for token in tokens)):
+            if path.exists():
+                raise ConfigError(
+                    f"{path.name} exists already in {path.parent.name}; choose another output name, or turn on "
+                    "overwrite or resume"
+                )
+
+
+def plain_name(trigger: str) -> str:
+    """``<dog>`` -> ``dog``, fit for file and tensor names."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in trigger.strip("<>"))
+
+
+def save_personalization(
+    place: OutputPlace,
+    deltas: Mapping[str, LowRankDelta],
+    rows: Mapping[str, Tensor],
+    tokens: Sequence[LearnedToken],
+    *,
+    family: Family,
+    method: str,
+    config: TrainConfig,
+    extra: Mapping[str, str] | None = None,
+    layers_per_block: int = 2,
+) -> list[Path]:
+    """Write ``<name>.safetensors`` to the LoRA folder and one file per token to the embeddings folder.
+
+    The LoRA is in kohya's layout and bundles the tokens as ``bundle_emb.<token>.<encoder>``, so that one
+    file is enough for loaders that know bundles; the separate embedding files are for all the others.
+
+    Args:
+        deltas: trained changes by diffusers' module names.
+        rows: encoder key (``clip_l``, ``clip_g``, ``clip_h``) -> (all rows, dim), in the order of ``tokens``.
+        extra: further metadata, such as the workflow.
+
+    Raises:
+        ConfigError: a file exists and may not be overwritten.
+        FormatError: the disk refused; files written before stay, none is half-written.
+    """
+    shared = {"family": family.name, "method": method, "title": place.name, "config": config.as_dict(), "extra": extra}
+    tensors = kohya_tensors(deltas, family.name, layers_per_block=layers_per_block)
+    ranks = {delta.rank for delta in deltas.values()}
+    written, start = [], 0
+    embeddings = {}
+    for token in tokens:
+        part = {key: table[start : start + token.rows].detach().to("cpu", torch.float32) for key, table in rows.items()}
+        start += token.rows
+        embeddings[token] = part
+        tensors |= {f"bundle_emb.{plain_name(token.trigger)}.{key}": value for key, value in part.items()}
+    metadata = describe(LORA_FORMAT, tokens=tokens, **shared)
+    if ranks:
+        metadata |= {"ss_network_dim": str(max(ranks)), "ss_network_module": "networks.lora"}
+    written.append(write_safetensors(place.lora_path, tensors, metadata, overwrite=place.overwrite))
+    for token, part in embeddings.items():
+        metadata = describe(EMBEDDING_FORMAT, tokens=[token], kind="textual-inversion", **shared)
+        path = place.embedding_path(token, tokens)
+        written.append(write_safetensors(path, part, metadata, overwrite=place.overwrite))
+    return written

@@ -1,0 +1,6 @@
+"""The recipes that the command line knows; a literal table that imports nothing."""
+
+RECIPES = {
+    "dco": "dco.train",
+    "dco-sample": "dco.sample",
+}
