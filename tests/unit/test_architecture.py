@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "models": ({"models"}, {"torch", "einops", "safetensors", "numpy", "PIL"}),
     "trainers": (
         {"models", "trainers"},
-        {"torch", "einops", "safetensors", "numpy", "PIL", "diffusers", "transformers", "peft", "accelerate"},
+        {"torch", "einops", "safetensors", "numpy", "PIL", "diffusers", "transformers", "peft", "accelerate"}
+        | {"psutil"},
     ),
     "nodes": (
         {"models", "trainers", "nodes"},

@@ -10,6 +10,7 @@ import pytest
 from comfyui_personalize.trainers.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
+METHODS = sorted({module.split(".")[0] for module in RECIPES.values()})  # "dco.train" lies in trainers/dco
 
 
 def node_ids(path: Path) -> set[str]:
@@ -42,11 +43,18 @@ def missing_parts(method: str) -> list[str]:
     return [pattern for pattern in wanted if not list(ROOT.glob(pattern))]
 
 
-def test_the_methods_are_known():
-    assert "dco" in RECIPES
+def test_every_recipe_is_a_module():
+    assert RECIPES["dco"] == "dco.train"
+    files = [f"trainers/{module.replace('.', '/')}.py" for module in RECIPES.values()]
+    assert [name for name in files if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("method", sorted(set(RECIPES.values())))
+def test_every_method_folder_has_a_recipe():
+    folders = {path.parent.name for path in (ROOT / "trainers").glob("*/__init__.py")}
+    assert folders == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_has_all_its_parts(method):
     assert missing_parts(method) == []
 
@@ -55,7 +63,7 @@ def test_a_method_that_is_only_a_name_lacks_everything():
     assert len(missing_parts("unheard_of")) == 12
 
 
-@pytest.mark.parametrize("method", sorted(set(RECIPES.values())))
+@pytest.mark.parametrize("method", METHODS)
 def test_the_example_is_a_valid_configuration_and_opens_with_its_command(method):
     text = (ROOT / f"trainers/{method}/example.toml").read_text()
     assert text.startswith("# ") and "comfyui_personalize.trainers" in text.splitlines()[0]
