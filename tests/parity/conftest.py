@@ -108,7 +108,8 @@ def complaints(system: str) -> list[str]:
     unclaimed = [path.name for path in cases(system) if not any(fnmatchcase(path.stem, one) for one in patterns)]
     lines = [f"no test consumes {system}/{name}" for name in unclaimed]
     if GOLDEN == HERE / "data":
-        lines += [f"a test claims {system}/{one}, which was never recorded" for one in patterns if not cases(system, (one,))]
+        absent = [pattern for pattern in patterns if not cases(system, (pattern,))]
+        lines += [f"a test claims {system}/{pattern}, which was never recorded" for pattern in absent]
     return lines
 
 

@@ -1,0 +1,95 @@
+"""Learned tokens against the authors' embedding handler and their optimizer steps."""
+
+import pytest
+import torch
+
+from comfyui_personalize.models.formats import read_safetensors, write_safetensors
+from comfyui_personalize.models.tokens import random_rows, remembered_norms, retract
+
+
+def count(names, prefix: str) -> int:
+    """How many numbered tensors ``prefix_0``, ``prefix_1``, ... a case has."""
+    return sum(name.startswith(prefix) and name.removeprefix(prefix).isdigit() for name in names)
+
+
+@pytest.mark.golden("dco", "token_embeddings_init")
+def test_first_rows_and_remembered_norms(case):
+    ids, words = case.config["train_ids"], case.config["initializer_tokens"]
+    for encoder in range(count(case.inputs, "weight_after_resize_")):
+        table = case.inputs[f"weight_after_resize_{encoder}"]
+        rows, norms, drawn = [], [], 0
+        for word, source in zip(words, case.config["initializer_ids"], strict=True):
+            if word:
+                rows.append(table[source : source + 1])
+                norms.append(remembered_norms(rows[-1]))
+            else:
+                rows.append(random_rows(case.inputs[f"randn_{encoder}_{drawn}"], table))
+                norms.append(remembered_norms(rows[-1], scalar=table.std()))
+                drawn += 1
+        filled = table.clone()
+        filled[ids] = torch.cat(rows)
+        frozen = torch.ones(len(table), dtype=torch.bool)
+        frozen[ids] = False
+        case.check(f"weight_{encoder}", filled)
+        case.check(f"norm_{encoder}", torch.cat(norms))
+        case.check(f"std_{encoder}", table.std())
+        case.check(f"index_no_updates_{encoder}", frozen)
+
+
+@pytest.mark.golden("dco", "token_embeddings_retract")
+def test_rows_return_to_their_norms(case):
+    ids = case.config["train_ids"]
+    for encoder in range(count(case.inputs, "original_")):
+        original = case.inputs[f"original_{encoder}"]
+        moved = case.inputs[f"weight_perturbed_{encoder}"][ids]
+
+        restored = original.clone()
+        restored[ids] = retract(moved, case.inputs[f"norm_{encoder}"])
+        case.check(f"weight_{encoder}", restored)
+
+        restored[ids] = retract(moved, remembered_norms(original[ids]))
+        case.check_background(f"sane_weight_{encoder}", restored)
+
+
+@pytest.mark.golden("dco", "ti_clip_adamw_retract")
+def test_clipped_steps_of_lora_and_tokens(case):
+    config, ids = case.config, case.config["train_ids"]
+    encoders, layers = count(case.inputs, "weight_"), count(case.inputs, "lora_")
+    frozen = [i for i in range(len(case.inputs["weight_0"])) if i not in ids]
+    lora = [case.inputs[f"lora_{i}"].clone().requires_grad_() for i in range(layers)]
+    tables = [case.inputs[f"weight_{e}"] for e in range(encoders)]
+    learned = [table[ids].clone().requires_grad_() for table in tables]
+    context = [table[frozen].clone().requires_grad_() for table in tables]
+    groups = [{"params": lora, "lr": config["lr_unet"]}] + [
+        {"params": [rows], "lr": config["lr_text"]} for rows in learned
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, betas=tuple(config["betas"]), eps=config["eps"], weight_decay=config["weight_decay"]
+    )
+    for step in range(config["steps"]):
+        for i, tensor in enumerate(lora):
+            tensor.grad = case.inputs[f"grad_lora_{i}_{step}"].clone()
+        for e in range(encoders):
+            gradient = case.inputs[f"grad_weight_{e}_{step}"]
+            learned[e].grad, context[e].grad = gradient[ids].clone(), gradient[frozen].clone()
+        torch.nn.utils.clip_grad_norm_([*lora, *learned, *context], config["max_grad_norm"])
+        optimizer.step()
+        for e, rows in enumerate(learned):
+            with torch.no_grad():
+                rows.copy_(retract(rows, case.inputs[f"norm_{e}"]))
+            table = case.inputs[f"original_{e}"].clone()
+            table[ids] = rows.detach()
+            case.check(f"weight_{e}_{step}", table)
+        for i, tensor in enumerate(lora):
+            case.check(f"lora_{i}_{step}", tensor)
+
+
+@pytest.mark.golden("dco", "learned_embeds_file")
+def test_embedding_file(case, tmp_path):
+    tensors, _ = read_safetensors(case.file(case.config["file"]))
+    assert tensors.keys() == case.expected.keys()
+    written, _ = read_safetensors(write_safetensors(tmp_path / "again.safetensors", tensors, {}))
+    for key in tensors:
+        assert len(tensors[key]) == len(case.config["inserting_tokens"])
+        case.check(key, tensors[key])
+        case.check(key, written[key])
