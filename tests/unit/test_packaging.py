@@ -62,3 +62,21 @@ def test_the_host_knows_every_classifier():
 def test_the_licence_is_apache_2():
     assert PYPROJECT["project"]["license"] == "Apache-2.0"
     assert (ROOT / "LICENSE").read_text().split()[:4] == ["Apache", "License", "Version", "2.0,"]
+
+
+def test_every_data_file_is_packaged():
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]
+    packaged = {
+        path
+        for package, globs in patterns.items()
+        for pattern in globs
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    on_disk = {
+        path
+        for folder in ("models", "nodes", "trainers", "workflows")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".json", ".toml")
+    }
+    assert on_disk, "model configurations, examples and workflows are data files"
+    assert sorted(on_disk - packaged) == []
