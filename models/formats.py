@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import tempfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ def safe_name(name: str) -> str:
     problem = None
     if not stripped or stripped.strip(".") == "":
         problem = "is empty"
-    elif any(character in stripped for character in '/\\:*?"<>|') or any(ord(c) < 32 for c in stripped):
+    elif any(character in '/\\:*?"<>|' or unicodedata.category(character) in {"Cc", "Cs"} for character in stripped):
         problem = "contains a path separator or another character that files cannot carry"
     elif stripped.split(".")[0].rstrip().lower() in _WINDOWS_RESERVED:
         problem = "is a reserved device name"
@@ -70,16 +71,16 @@ def read_header(path: Path) -> Header:
     except (ValueError, RecursionError) as error:
         raise FormatError(_not_safetensors(path, size)) from error
     except OSError as error:
-        raise FormatError(
-            f"{path.name}: could not be read ({error.strerror}); check the path and its permissions"
-        ) from error
-    if not isinstance(entries, dict):
+        raise FormatError(_unreadable(path, error)) from error
+    metadata = (entries.pop("__metadata__", None) or {}) if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict):
         raise FormatError(_not_safetensors(path, size))
-    metadata = entries.pop("__metadata__", None) or {}
     try:
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
-        dtypes = {key: entry["dtype"] for key, entry in entries.items()}
+        dtypes = {key: str(entry["dtype"]) for key, entry in entries.items()}
+        if not all(isinstance(n, int) and n >= 0 for shape in shapes.values() for n in shape):
+            raise FormatError(_not_safetensors(path, size))
     except (KeyError, TypeError, IndexError) as error:
         raise FormatError(_not_safetensors(path, size)) from error
     if end > size:
@@ -117,9 +118,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise FormatError(
-            f"{path.name}: could not be read ({error.strerror}); check the path and its permissions"
-        ) from error
+        raise FormatError(_unreadable(path, error)) from error
     # torch reports a refused class, a damaged archive and foreign bytes by different exception types.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -184,10 +183,13 @@ def _umask() -> int:
 def write_text(path: Path, text: str) -> Path:
     """Write a small text file atomically, replacing an older one; FormatError when the disk refuses."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=".partial")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         raise FormatError(
@@ -195,7 +197,8 @@ def write_text(path: Path, text: str) -> Path:
             "free space or choose a writable folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
     return path
 
 
