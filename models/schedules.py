@@ -73,8 +73,8 @@ class NoiseSchedule:
         min(SNR, γ)/SNR for noise. For velocity the authors of DCO, like the diffusers trainers,
         add one instead of dividing by SNR + 1.
         """
-        snr = self.snr(timesteps)
-        weights = snr.clamp(max=gamma) / snr
+        # γ/SNR rather than min(SNR, γ)/SNR, which is 0/0 on the last step of a zero-terminal schedule.
+        weights = (gamma / self.snr(timesteps)).clamp(max=1.0)
         return weights + 1 if self.prediction_type == "v_prediction" else weights
 
 
