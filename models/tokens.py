@@ -67,9 +67,15 @@ def split_prompt(prompt: str, triggers: Sequence[str]) -> list[str | int]:
     pattern = trigger_pattern(triggers)
     if pattern is None:
         return [prompt] if prompt else []
-    index = {trigger.lower(): position for position, trigger in enumerate(triggers)}
     pieces = pattern.split(prompt)
-    return [index[piece.lower()] if place % 2 else piece for place, piece in enumerate(pieces) if piece]
+    return [_which(piece, triggers) if place % 2 else piece for place, piece in enumerate(pieces) if piece]
+
+
+def _which(found: str, triggers: Sequence[str]) -> int:
+    # Not by comparing lower-case spellings: ignoring case, a pattern also takes dotless ı for i and ſ for s.
+    exact = [position for position, trigger in enumerate(triggers) if trigger == found]
+    alike = (p for p, trigger in enumerate(triggers) if re.fullmatch(re.escape(trigger), found, re.IGNORECASE))
+    return exact[0] if exact else next(alike)
 
 
 def replace_triggers(prompt: str, replacements: dict[str, str]) -> str:
@@ -77,8 +83,8 @@ def replace_triggers(prompt: str, replacements: dict[str, str]) -> str:
     pattern = trigger_pattern(list(replacements))
     if pattern is None:
         return prompt
-    words = {trigger.lower(): word for trigger, word in replacements.items()}
-    return pattern.sub(lambda match: words[match.group(0).lower()], prompt)
+    triggers, words = list(replacements), list(replacements.values())
+    return pattern.sub(lambda match: words[_which(match.group(0), triggers)], prompt)
 
 
 def random_rows(draws: Tensor, table: Tensor) -> Tensor:
