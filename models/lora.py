@@ -96,7 +96,7 @@ def _module_name(stem: str, layers_per_block: int) -> str:
     for prefix, root in _KOHYA_PREFIXES.items():
         if stem.startswith(prefix):
             return root + sgm_to_diffusers(dotted(stem[len(prefix) :]), layers_per_block)
-    stem = stem.replace(".processor.", ".")
+    stem = stem.removeprefix("base_model.model.").replace(".processor.", ".")  # peft's own files carry the former
     if not stem.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
         stem = "unet." + stem
     # Old diffusers files write the output projection without its position in the Sequential.
