@@ -14,7 +14,19 @@ MAX_PIXELS = 178_956_970
 """Larger pictures are refused; the number at which Pillow itself suspects a decompression bomb."""
 
 # What Pillow's decoders raise on damaged files; anything else is a fault of ours and must surface as such.
-_DAMAGED = (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error)
+_DAMAGED = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,  # a damaged header may ask for any amount; the picture's own size has been checked
+    OSError,
+    RuntimeError,  # AVIF
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,9 +65,10 @@ def decode(data: bytes, path: Path) -> Image.Image:
         raise DatasetError(f"{path}: not a picture that can be read; save it as PNG or JPEG, or remove it") from error
     except Image.DecompressionBombError as error:
         raise DatasetError(too_large) from error
-    except (*_DAMAGED, zlib.error) as error:
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(
-            f"{path}: the picture is damaged or cut short ({error}); copy it again or remove it"
+            f"{path}: the picture is damaged or cut short ({reason}); copy it again or remove it"
         ) from error
 
 

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from comfyui_personalize.models.errors import DatasetError
 from comfyui_personalize.trainers.pictures import OpenPicture, Picture, covering_size, same_shape
@@ -337,3 +337,26 @@ def test_random_cut_without_generator_and_unknown_crop_are_errors():
 )
 def test_same_shape(first, second, same):
     assert same_shape(first, second) is same
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif", "bmp", "ppm", "avif"])
+def test_corrupted_bytes_are_refused_or_read_but_never_crash(tmp_path, ending):
+    if ending == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    gradient().save(tmp_path / f"whole.{ending}")
+    whole = (tmp_path / f"whole.{ending}").read_bytes()
+    chance = np.random.default_rng(7)
+    refused = 0
+    for attempt in range(40):
+        data = bytearray(whole)
+        for place in chance.integers(0, min(len(data), 400), size=6):
+            data[place] = chance.integers(0, 256)
+        path = tmp_path / f"{attempt}.{ending}"
+        path.write_bytes(data)
+        try:
+            assert Picture.from_file(path).open().cut(16).pixels.shape == (3, 16, 16)
+        except DatasetError as error:
+            assert path.name in str(error)
+            refused += 1
+    assert refused > 0
