@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from comfyui_personalize.models.formats import read_safetensors
 from comfyui_personalize.models.keys import sgm_to_diffusers, to_sgm
 from comfyui_personalize.models.lora import diffusers_tensors, kohya_tensors, parse_lora
+from comfyui_personalize.trainers.adapters import add_lora, set_lora, with_prefix_removed
+from comfyui_personalize.trainers.conditioning import Conditioning, predict
 
 
 def assert_same_changes(got, expected):
@@ -38,7 +41,7 @@ def test_file_is_read_and_written_in_every_layout(case):
         assert sgm_to_diffusers(to_sgm(module, layers), layers) == module
 
 
-@pytest.mark.parametrize("layout", ["theirs", "diffusers", "kohya"])
+@pytest.mark.parametrize("layout", ["theirs", "diffusers", "kohya", "kohya with the original names"])
 @pytest.mark.golden("dco", "lora_file", whole=False)
 def test_diffusers_loads_every_layout(case, layout, tiny_unet, tmp_path):
     tensors, _ = read_safetensors(case.file(case.config["file"]))
@@ -47,23 +50,34 @@ def test_diffusers_loads_every_layout(case, layout, tiny_unet, tmp_path):
     if layout == "diffusers":
         tensors = diffusers_tensors(deltas)
     elif layout == "kohya":
-        # diffusers reads kohya files whose UNet keys carry its own names without knowing the architecture.
         tensors = kohya_tensors(deltas, "sd15")
+    elif layout == "kohya with the original names":
+        tensors = kohya_tensors(deltas, "sdxl", layers_per_block=layers)
     path = tmp_path / "lora.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
 
-    from diffusers import StableDiffusionXLPipeline
-
-    state, alphas = StableDiffusionXLPipeline.lora_state_dict(path)
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(path, unet_config=tiny_unet.config)
     tiny_unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
+    check_prediction(case, tiny_unet)
 
+
+@pytest.mark.golden("dco", "lora_file", whole=False)
+def test_our_own_loader_agrees(case, tiny_unet):
+    tensors, _ = read_safetensors(case.file(case.config["file"]))
+    set_lora(tiny_unet, with_prefix_removed(parse_lora(tensors), "unet"))
+    check_prediction(case, tiny_unet)
+
+
+def check_prediction(case, unet):
     step = case.sibling("unet_lora_dco_step_frozen_text")
-    inputs = step.inputs
+    given = Conditioning(*(step.inputs[name] for name in ("prompt_embeds", "pooled", "time_ids")))
     with torch.no_grad():
-        prediction = tiny_unet(
-            step.expected["noisy"],
-            inputs["timesteps"],
-            inputs["prompt_embeds"],
-            added_cond_kwargs={"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]},
-        ).sample
-    step.check("model_pred", prediction)
+        step.check("model_pred", predict(unet, step.expected["noisy"], step.inputs["timesteps"], given))
+
+
+@pytest.mark.golden("dco", "tiny_sdxl_unet_weights")
+def test_weights_are_complete(case, tiny_unet, tiny_lora):
+    case.check("n_params", torch.tensor(sum(parameter.numel() for parameter in tiny_unet.parameters())))
+    assert {delta.rank for delta in tiny_lora.values()} == {case.config["rank"]}
+    parameters = add_lora(tiny_unet, case.config["rank"], case.config["target_modules"], torch.Generator())
+    assert {name.split(".lora_")[0] for name in parameters} == tiny_lora.keys()

@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from comfyui_personalize.models.dco import rescale_guidance, reward_guidance
+from comfyui_personalize.trainers.adapters import set_lora
+from comfyui_personalize.trainers.conditioning import Conditioning
+from comfyui_personalize.trainers.sampling import guided, sample
 
 
 @pytest.mark.golden("dco", "reward_guidance_combine")
@@ -19,38 +22,42 @@ def test_combination(case):
 
 
 @pytest.mark.golden("dco", "reward_sampling_*")
-@torch.no_grad()
-def test_trajectory(case, tiny_unet_with_lora):
-    config, unet = case.config, tiny_unet_with_lora
+def test_trajectory(case, tiny_unet, tiny_lora):
+    config, unit = case.config, case.inputs["latents"]
     settings = dict(config["scheduler"])
     scheduler = getattr(diffusers, settings.pop("cls"))(**settings)
-    scheduler.set_timesteps(config["steps"])
     assert config["eta"] == 0, "no draws were recorded for ancestral noise"
+    set_lora(tiny_unet, tiny_lora)
 
-    unit = case.inputs["latents"]
-    batch = len(unit)
-    sizes = torch.tensor([config["time_ids"]] * batch, dtype=unit.dtype)
+    def conditioning(prompt: str) -> Conditioning:
+        rows = len(unit)
+        return Conditioning(
+            case.inputs[f"{prompt}_embeds"].expand(rows, -1, -1),
+            case.inputs[f"{prompt}_pooled"].expand(rows, -1),
+            torch.tensor([config["time_ids"]] * rows, dtype=unit.dtype),
+        )
 
-    def predict(latents, timestep, prompt):
-        pooled = case.inputs[f"{prompt}_pooled"].expand(batch, -1)
-        embeds = case.inputs[f"{prompt}_embeds"].expand(batch, -1, -1)
-        conditions = {"text_embeds": pooled, "time_ids": sizes}
-        return unet(latents, timestep, embeds, added_cond_kwargs=conditions).sample
+    predict = guided(
+        tiny_unet,
+        conditioning("negative"),
+        conditioning("base"),
+        conditioning("concept"),
+        text_scale=config["w"],
+        reward_scale=config["w_lora"],
+        rescale=config["guidance_rescale"],
+    )
+    predictions = []
 
-    latents = unit * scheduler.init_noise_sigma
-    assert float(scheduler.init_noise_sigma) == pytest.approx(config["init_noise_sigma"], rel=case.meta["rtol"])
-    for step, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(latents, timestep)
-        unet.disable_adapters()
-        uncond, base = predict(scaled, timestep, "negative"), predict(scaled, timestep, "base")
-        unet.enable_adapters()
-        personalized = predict(scaled, timestep, "concept")
-        guided = reward_guidance(uncond, base, [personalized], text_scale=config["w"], reward_scales=[config["w_lora"]])
-        guided = rescale_guidance(guided, base, config["guidance_rescale"])
-        latents = scheduler.step(guided, timestep, latents).prev_sample
-        case.check(f"eps_{step}", guided)
-        case.check(f"latents_{step}", latents)
-    case.check("final", latents)
+    def recorded(x, timestep):
+        predictions.append(predict(x, timestep))
+        return predictions[-1]
+
+    states = list(sample(scheduler, recorded, unit, config["steps"]))
+    for step, (state, prediction) in enumerate(zip(states, predictions, strict=True)):
+        case.check(f"latents_{step}", state)
+        case.check(f"eps_{step}", prediction)
+    case.check("final", states[-1])
     case.check("timesteps", scheduler.timesteps)
+    assert float(scheduler.init_noise_sigma) == pytest.approx(config["init_noise_sigma"], rel=case.meta["rtol"])
     if "sigmas" in case.expected:
         case.check("sigmas", scheduler.sigmas)

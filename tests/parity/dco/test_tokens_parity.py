@@ -5,6 +5,9 @@ import torch
 
 from comfyui_personalize.models.formats import read_safetensors, write_safetensors
 from comfyui_personalize.models.tokens import random_rows, remembered_norms, retract
+from comfyui_personalize.trainers.config import TrainConfig
+from comfyui_personalize.trainers.loop import ParameterGroup, clip_gradients, make_optimizer
+from comfyui_personalize.trainers.ranks import Ranks
 
 
 def count(names, prefix: str) -> int:
@@ -60,19 +63,24 @@ def test_clipped_steps_of_lora_and_tokens(case):
     tables = [case.inputs[f"weight_{e}"] for e in range(encoders)]
     learned = [table[ids].clone().requires_grad_() for table in tables]
     context = [table[frozen].clone().requires_grad_() for table in tables]
-    groups = [{"params": lora, "lr": config["lr_unet"]}] + [
-        {"params": [rows], "lr": config["lr_text"]} for rows in learned
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, betas=tuple(config["betas"]), eps=config["eps"], weight_decay=config["weight_decay"]
+    settings = TrainConfig(
+        adam_beta1=config["betas"][0],
+        adam_beta2=config["betas"][1],
+        adam_epsilon=config["eps"],
+        max_grad_norm=config["max_grad_norm"],
     )
+    groups = [
+        ParameterGroup("unet", dict(enumerate(lora)), config["lr_unet"], config["weight_decay"]),
+        ParameterGroup("text", dict(enumerate(learned)), config["lr_text"], config["weight_decay"]),
+    ]
+    optimizer = make_optimizer(settings, groups, Ranks())
     for step in range(config["steps"]):
         for i, tensor in enumerate(lora):
             tensor.grad = case.inputs[f"grad_lora_{i}_{step}"].clone()
         for e in range(encoders):
             gradient = case.inputs[f"grad_weight_{e}_{step}"]
             learned[e].grad, context[e].grad = gradient[ids].clone(), gradient[frozen].clone()
-        torch.nn.utils.clip_grad_norm_([*lora, *learned, *context], config["max_grad_norm"])
+        clip_gradients([*lora, *learned, *context], settings.max_grad_norm)
         optimizer.step()
         for e, rows in enumerate(learned):
             with torch.no_grad():
