@@ -1,0 +1,159 @@
+"""Reading learned tokens in every layout in use: ours, ComfyUI's, the DCO authors', diffusers', A1111's, kohya's."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import ConfigError, FormatError
+from .formats import read_safetensors, read_torch_file
+from .tokens import validate_trigger
+
+ENCODERS = ("clip_l", "clip_g", "clip_h")
+ANY = "any"
+"""Encoder key of a file that does not name its encoder; the width decides when the token is used."""
+BUNDLE = "bundle_emb."
+_AUTHORS_NAMES = {"learned_embeds", "pytorch_lora_weights"}
+
+
+@dataclass(frozen=True)
+class LearnedEmbedding:
+    """A trigger word and its rows, (rows, dim) for every text encoder."""
+
+    trigger: str
+    rows: dict[str, Tensor]
+
+
+def as_trigger(name: str) -> str:
+    """``dog`` or ``<dog>`` -> ``<dog>``; ConfigError when prompts could not carry it."""
+    name = name.strip()
+    return validate_trigger(name if name.startswith("<") else f"<{name}>")
+
+
+def parse_triggers(text: str) -> list[str]:
+    """Trigger words from a widget: separated by commas or spaces, angle brackets optional."""
+    return [as_trigger(word) for word in re.split(r"[,\s]+", text) if word]
+
+
+def trigger_of_file(path: Path) -> str:
+    """The trigger of a file that names none: its own name, or its folder's for the authors' fixed names."""
+    name = path.parent.name if path.stem in _AUTHORS_NAMES else path.stem
+    return validate_trigger("<" + (re.sub(r"[\s<>():\\\[\]{},|]+", "-", name).strip("-") or "token") + ">")
+
+
+def declared_tokens(metadata: Mapping[str, str]) -> list[tuple[str, int | None]]:
+    """(trigger, rows) of the tokens that a file of ours says it carries; rows None where it does not say."""
+    declared = metadata.get("personalize.tokens", "").strip()
+    if not declared.startswith("["):
+        return [(trigger, None) for trigger in parse_triggers(declared)]
+    try:
+        return [(as_trigger(token["trigger"]), int(token.get("rows", 1))) for token in json.loads(declared)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(
+            "the file's entry personalize.tokens is damaged; expected a list of trigger, initializer and rows"
+        ) from error
+
+
+def read_learned_embeddings(path: Path, triggers: Sequence[str] = ()) -> list[LearnedEmbedding]:
+    """All learned tokens of a file.
+
+    Args:
+        path: .safetensors, .pt or .bin.
+        triggers: names to use instead of the file's, in its order. The DCO authors' files name none: there
+            each trigger takes one row, and without triggers one token takes them all.
+
+    Raises:
+        FormatError: nothing of the kind is in the file. ConfigError: the triggers do not suit its rows.
+    """
+    path = Path(path)
+    if path.suffix.lower() in {".safetensors", ".sft"}:
+        tensors, metadata = read_safetensors(path)
+        return embeddings_from_tensors(path, tensors, metadata, triggers)
+    contents = read_torch_file(path)
+    if "string_to_param" in contents:  # A1111's layout
+        rows = next((value for value in contents["string_to_param"].values() if isinstance(value, Tensor)), None)
+        if rows is None:
+            raise FormatError(f"{path.name}: string_to_param holds no tensor; the file is damaged")
+        return _named({trigger_of_file(path): {ANY: _matrix(rows)}}, triggers, path)
+    tensors = {str(key): value for key, value in contents.items() if isinstance(value, Tensor)}
+    return embeddings_from_tensors(path, tensors, {}, triggers)
+
+
+def embeddings_from_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], triggers: Sequence[str] = ()
+) -> list[LearnedEmbedding]:
+    """The learned tokens among a file's tensors; arguments and errors as read_learned_embeddings."""
+    if bundled := _bundled(tensors, metadata):
+        return _named(bundled, triggers, path)
+    encoders = {key: _matrix(tensors[key]) for key in ENCODERS if key in tensors}
+    if encoders:
+        return _split(encoders, declared_tokens(metadata), triggers, path)
+    if "emb_params" in tensors:
+        return _named({trigger_of_file(path): {ANY: _matrix(tensors["emb_params"])}}, triggers, path)
+    # diffusers' layout: the key is the token itself.
+    tokens = {key: value for key, value in tensors.items() if value.ndim in (1, 2) and "." not in key}
+    if not tokens or len(tokens) != len(tensors):
+        raise FormatError(
+            f"{path.name}: holds no learned tokens; expected clip_l, clip_g or clip_h rows, "
+            "bundle_emb entries, or a textual inversion embedding"
+        )
+    return _named({_safe_trigger(key, path): {ANY: _matrix(value)} for key, value in tokens.items()}, triggers, path)
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    return rows.detach().float().reshape(-1, rows.shape[-1])
+
+
+def _safe_trigger(name: str, path: Path) -> str:
+    try:
+        return as_trigger(name)
+    except ConfigError:
+        return trigger_of_file(path)
+
+
+def _bundled(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """Tokens kept inside a LoRA file as bundle_emb.<name>.<encoder>, by trigger."""
+    names = {trigger.strip("<>").lower(): trigger for trigger, _rows in declared_tokens(metadata)}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if not key.startswith(BUNDLE):
+            continue
+        # A1111 writes bundle_emb.<name>.string_to_param.*, kohya's and OneTrainer's end in the encoder.
+        name, _, entry = key[len(BUNDLE) :].replace(".string_to_param", "").rpartition(".")
+        encoder = entry if entry in ENCODERS else ANY
+        trigger = names.get(name.strip("<>").lower()) or as_trigger(name.strip("<>"))
+        found.setdefault(trigger, {})[encoder] = _matrix(value)
+    return found
+
+
+def _split(
+    encoders: dict[str, Tensor], declared: list[tuple[str, int | None]], triggers: Sequence[str], path: Path
+) -> list[LearnedEmbedding]:
+    """Divide the rows of a clip_l/clip_g file among its tokens."""
+    total = len(next(iter(encoders.values())))
+    names = list(triggers) or [trigger for trigger, _rows in declared] or [trigger_of_file(path)]
+    counts = [rows for _trigger, rows in declared]
+    if len(counts) != len(names) or None in counts:
+        counts = [total] if len(names) == 1 else [1] * len(names)
+    if sum(counts) != total or any(len(rows) != total for rows in encoders.values()):
+        raise ConfigError(
+            f"{path.name} holds {total} rows, but {len(names)} tokens ({', '.join(names)}) want {sum(counts)}; "
+            "name one token for all rows, or one for each row, in the order of training"
+        )
+    embeddings, start = [], 0
+    for name, count in zip(names, counts, strict=True):
+        embeddings.append(LearnedEmbedding(name, {key: rows[start : start + count] for key, rows in encoders.items()}))
+        start += count
+    return embeddings
+
+
+def _named(found: dict[str, dict[str, Tensor]], triggers: Sequence[str], path: Path) -> list[LearnedEmbedding]:
+    if triggers and len(triggers) != len(found):
+        raise ConfigError(
+            f"{path.name} holds {len(found)} tokens ({', '.join(found)}), but {len(triggers)} names were given; "
+            "give one name for each, or none"
+        )
+    return [LearnedEmbedding(name, rows) for name, rows in zip(triggers or found, found.values(), strict=True)]

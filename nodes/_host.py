@@ -1,0 +1,159 @@
+"""All that we ask of ComfyUI besides node schemas: folders, memory, inference mode, progress, picture layout."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..models.errors import FormatError
+
+PREVIEW_SIDE = 512
+"""Longest side in pixels of the pictures shown while a node works."""
+
+
+def model_files(kind: str) -> list[str]:
+    """Names of the files in one of the host's model folders, such as ``loras`` or ``embeddings``."""
+    return folder_paths.get_filename_list(kind)
+
+
+def model_path(kind: str, name: str) -> Path:
+    """Path of a file that model_files listed; FormatError when it has gone since."""
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise FormatError(f"{name} is not in the {kind} folder any more; press R to refresh the list and choose again")
+    return Path(path)
+
+
+def find_model_file(kind: str, name: str) -> Path | None:
+    """Path of a file in one of the host's model folders, or None."""
+    path = folder_paths.get_full_path(kind, name)
+    return None if path is None else Path(path)
+
+
+def save_folder(kind: str) -> Path:
+    """The folder in which new files of a kind are kept; the first one that the host searches."""
+    return Path(folder_paths.get_folder_paths(kind)[0])
+
+
+def file_version(*paths: Path | None) -> str:
+    """A string that changes whenever one of the files is written again, for ``fingerprint_inputs``."""
+    parts = []
+    for path in paths:
+        if path is not None and path.is_file():
+            status = path.stat()
+            parts.append(f"{path}:{status.st_mtime_ns}:{status.st_size}")
+    return "|".join(parts)
+
+
+def tokenizer_folder() -> Path:
+    """Folder with the CLIP tokenizer that ships with the host."""
+    import comfy.sd1_clip
+
+    return Path(comfy.sd1_clip.__file__).resolve().parent / "sd1_tokenizer"
+
+
+def free_vram() -> None:
+    """Unload every model of the host, so that a training of ours has the device for itself."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+@contextmanager
+def leave_inference_mode() -> Iterator[None]:
+    """Let autograd work inside a node; the host runs nodes in ``torch.inference_mode()``.
+
+    Tensors made upstream stay inference tensors: pass them through ``detach_from_inference`` as well.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def detach_from_inference(tensor: Tensor) -> Tensor:
+    """The tensor itself, or an ordinary copy when it was made in inference mode; call it outside that mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def interrupted() -> bool:
+    """Whether the user pressed Cancel; the request stays pending."""
+    return comfy.model_management.processing_interrupted()
+
+
+def raise_if_interrupted() -> None:
+    """Hand a pending Cancel over to the host, which ends the prompt; our part must be saved by then."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class HostProgress:
+    """trainers.progress.Progress on the node in the page: bar, preview picture and a line of text."""
+
+    def __init__(self, node_id: str | None, total: int = 1):
+        self._node_id = node_id
+        self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self._cancelled = False
+
+    def report(self, step: int, total: int, message: str = "", preview: Image.Image | None = None) -> None:
+        """Show how far the work is; never raises for a Cancel, which ``cancelled`` tells instead."""
+        if self.cancelled():
+            return
+        try:
+            frame = None if preview is None else ("JPEG", preview, PREVIEW_SIDE)
+            self._bar.update_absolute(step, total, frame)
+        except comfy.model_management.InterruptProcessingException:
+            # The bar's hook consumed the request; what was trained so far must be saved before it takes effect.
+            self._cancelled = True
+            return
+        self._say(message)
+
+    def cancelled(self) -> bool:
+        """Whether the user pressed Cancel since the work began."""
+        return self._cancelled or interrupted()
+
+    def raise_if_cancelled(self) -> None:
+        """End the prompt when Cancel was pressed; call after everything has been saved."""
+        raise_if_interrupted()
+        if self._cancelled:
+            raise comfy.model_management.InterruptProcessingException()
+
+    def _say(self, line: str) -> None:
+        from server import PromptServer  # there is none when nodes are used without a server
+
+        server = getattr(PromptServer, "instance", None)
+        if line and server is not None and self._node_id is not None:
+            server.send_progress_text(line, self._node_id)
+
+
+def images_to_pixels(images: Tensor) -> Tensor:
+    """Host pictures (batch, height, width, channels) in 0..1 -> (batch, 3, height, width) in -1..1.
+
+    Gray pictures get three equal channels; transparency is dropped, as the host's own VAE Encode does.
+    """
+    pixels = images[..., :3].movedim(-1, 1).float()
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    return pixels * 2 - 1
+
+
+def pixels_to_images(pixels: Tensor) -> Tensor:
+    """(batch, channels, height, width) in -1..1 -> host pictures (batch, height, width, channels) in 0..1."""
+    return ((pixels.float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu().contiguous()
+
+
+def pictures_to_images(pictures: list[Image.Image]) -> Tensor:
+    """PIL pictures of one size -> host pictures (batch, height, width, 3) in 0..1."""
+    stacked = [torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8) for p in pictures]
+    return torch.stack([s.view(p.height, p.width, 3) for s, p in zip(stacked, pictures)]).float() / 255
+
+
+def image_to_picture(image: Tensor) -> Image.Image:
+    """One host picture (height, width, channels) in 0..1 -> PIL, for previews."""
+    array: Any = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(array)

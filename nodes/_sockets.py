@@ -1,0 +1,10 @@
+"""The socket types of our own, for things that the host has no type for."""
+
+from comfy_api.latest import io
+
+Base = io.Custom("PERSONALIZE_BASE")
+"""A checkpoint opened for training: trainers.base.TrainingBase."""
+Dataset = io.Custom("PERSONALIZE_DATASET")
+"""Training pictures with captions: trainers.dataset.Dataset."""
+Stopping = io.Custom("PERSONALIZE_STOPPING")
+"""A rule that decides when training ends: trainers.stopping."""

@@ -1,0 +1,334 @@
+"""DCO nodes: load what was trained, and sample with reward guidance."""
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..models.formats import read_weights
+from ..models.learned_embeddings import (
+    BUNDLE,
+    LearnedEmbedding,
+    declared_tokens,
+    embeddings_from_tensors,
+    parse_triggers,
+    read_learned_embeddings,
+)
+from . import _host
+from .learned_tokens import teach
+from .lora_layers import match_lora
+from .reward_guidance import RewardGuider, sample_latent
+from .switchable_lora import SwitchableLora, attach, require_unet
+
+_AUTHORS_LORA, _AUTHORS_TOKENS = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+
+
+def _tokens_beside(lora_path):
+    """The token file that belongs to a LoRA but is not part of it: the authors' or ours; None if there is none."""
+    if lora_path.name == _AUTHORS_LORA and (lora_path.parent / _AUTHORS_TOKENS).is_file():
+        return lora_path.parent / _AUTHORS_TOKENS
+    return _host.find_model_file("embeddings", f"{lora_path.stem}.safetensors")
+
+
+def _lora_tokens(path, tensors, metadata, triggers: list[str]) -> list[LearnedEmbedding]:
+    """The learned tokens of a LoRA: bundled, or in the file beside it."""
+    if any(key.startswith(BUNDLE) for key in tensors):
+        return embeddings_from_tensors(path, tensors, metadata, triggers)
+    beside = _tokens_beside(path)
+    # A token file of the same name only counts for a LoRA that says it has tokens.
+    if beside is not None and (beside.name == _AUTHORS_TOKENS or declared_tokens(metadata)):
+        return read_learned_embeddings(beside, triggers)
+    return []
+
+
+class LoadDCOLoRA(io.ComfyNode):
+    """Put a switchable LoRA on a model and its learned tokens on a CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeLoadDCOLoRA",
+            display_name="Load DCO LoRA",
+            category="personalize/dco",
+            description="Loads a LoRA that Reward Guider can switch on and off for each prompt, together with its "
+            "learned tokens. Works with any LoRA for this model. With an ordinary KSampler it acts like Load LoRA. "
+            "Chain two of these nodes for a subject and a style.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to personalize: SD1.5, SD2.1 or SDXL."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=_host.model_files("loras"),
+                    tooltip="The LoRA file. The DCO authors' pytorch_lora_weights.safetensors, kept in a folder of "
+                    "its own inside the loras folder, also brings the learned_embeds.safetensors beside it.",
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="How strongly the LoRA changes the picture model. 1 is as trained, 0 is off.",
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="How strongly the LoRA changes the text encoders, if it was trained on them. Encode the "
+                    "base and negative prompts with the CLIP from before this node to keep them unchanged.",
+                ),
+                io.String.Input(
+                    "tokens",
+                    default="",
+                    tooltip="Usually empty: the file names its tokens. For a file that does not, write them here in "
+                    "the order of training, separated by commas, such as <dog>, <hat>. Also renames tokens.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoders. Without it no learned token is loaded and the text stays unchanged.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.String.Output(display_name="tokens", tooltip="The words to use in prompts, separated by commas."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **_others) -> str:
+        path = _host.find_model_file("loras", lora_name) if lora_name else None
+        return _host.file_version(path, _tokens_beside(path) if path else None)
+
+    @classmethod
+    def execute(cls, model, lora_name, strength_model, strength_clip, tokens="", clip=None) -> io.NodeOutput:
+        require_unet(model)
+        path = _host.model_path("loras", lora_name)
+        tensors, metadata = read_weights(path)
+        embeddings = _lora_tokens(path, tensors, metadata, parse_triggers(tokens))
+        matched = match_lora(path.name, tensors, metadata, model, clip)
+        if clip is not None and embeddings:
+            clip = teach(clip, embeddings, path.name)
+        if matched.text and strength_clip:
+            clip = clip.clone()
+            clip.add_patches(matched.text, strength_clip)
+        model = attach(model, SwitchableLora(path.name, matched.unet, strength_model))
+        return io.NodeOutput(model, clip, ", ".join(embedding.trigger for embedding in embeddings))
+
+
+class LoadLearnedTokens(io.ComfyNode):
+    """Put learned tokens on a CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeLoadLearnedTokens",
+            display_name="Load Learned Tokens",
+            category="personalize/tokens",
+            description="Teaches a CLIP words that were learned from pictures, for use in the ordinary CLIP Text "
+            "Encode: ours, textual inversions of A1111 and diffusers, and tokens bundled in LoRA files.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoders that the token was trained on."),
+                io.Combo.Input(
+                    "embedding_name",
+                    options=_host.model_files("embeddings"),
+                    tooltip="The file with the learned token, from the embeddings folder.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="The word to write in prompts, such as <dog>. Empty: as the file says, or the file's name "
+                    "in angle brackets. Several tokens: separate their names by commas.",
+                ),
+            ],
+            outputs=[
+                io.Clip.Output(display_name="clip"),
+                io.String.Output(display_name="tokens", tooltip="The words to use in prompts, separated by commas."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, embedding_name, **_others) -> str:
+        return _host.file_version(_host.find_model_file("embeddings", embedding_name) if embedding_name else None)
+
+    @classmethod
+    def execute(cls, clip, embedding_name, trigger="") -> io.NodeOutput:
+        path = _host.model_path("embeddings", embedding_name)
+        embeddings = read_learned_embeddings(path, parse_triggers(trigger))
+        taught = teach(clip, embeddings, path.name)
+        return io.NodeOutput(taught, ", ".join(embedding.trigger for embedding in embeddings))
+
+
+def _conditionings() -> list[io.Input]:
+    return [
+        io.Conditioning.Input(
+            "personalized",
+            tooltip="The prompt with the learned token, such as 'a <dog> playing saxophone'. The LoRA is on here.",
+        ),
+        io.Conditioning.Input(
+            "base",
+            tooltip="The same prompt in ordinary words, such as 'a dog playing saxophone'. The LoRA is off here. "
+            "Takes over the personalized prompt's ControlNet when it has none.",
+        ),
+        io.Conditioning.Input("negative", tooltip="What the picture should not show. The LoRA is off here."),
+    ]
+
+
+def _reward_scale() -> io.Input:
+    return io.Float.Input(
+        "reward_scale",
+        default=3.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip="How strongly to follow what was learned, independently of the text scale. Higher is closer to the "
+        "subject or style, lower follows the prompt more freely; 0 ignores the LoRA and costs nothing.",
+    )
+
+
+def _rescale_and_range() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "rescale",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Brings the contrast of the guided prediction back towards the base model's; try 0.7 when high "
+            "scales burn the picture. 0 is off.",
+        ),
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Part of the denoising after which the reward term sets in. 0 is from the start.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Part of the denoising after which the reward term stops. Steps outside its range cost only two "
+            "thirds of the time.",
+        ),
+    ]
+
+
+def _second() -> list[io.Input]:
+    return [
+        io.Conditioning.Input(
+            "personalized_2",
+            optional=True,
+            tooltip="With two chained LoRAs: the prompt for the last one alone, with a scale of its own. "
+            "'personalized' then uses the LoRAs before it. Not connected: all LoRAs are on in 'personalized'.",
+        ),
+        io.Float.Input(
+            "reward_scale_2",
+            default=3.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            optional=True,
+            tooltip="How strongly to follow the last LoRA of the chain; used only with personalized_2.",
+        ),
+    ]
+
+
+class RewardGuiderNode(io.ComfyNode):
+    """A guider for SamplerCustomAdvanced."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeRewardGuider",
+            display_name="Reward Guider (DCO)",
+            category="personalize/dco",
+            description="Guides by the text and, separately, by what the LoRA learned (arXiv 2402.12004). "
+            "For Sampler Custom Advanced.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model with one or more LoRAs from Load DCO LoRA."),
+                *_conditionings(),
+                io.Float.Input(
+                    "text_scale",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Ordinary guidance (CFG) by the base prompt. 1 leaves out the negative prompt.",
+                ),
+                _reward_scale(),
+                *_rescale_and_range(),
+                *_second(),
+            ],
+            outputs=[io.Guider.Output(display_name="guider")],
+        )
+
+    @classmethod
+    def execute(cls, model, **settings) -> io.NodeOutput:
+        require_unet(model)
+        return io.NodeOutput(RewardGuider(model, **settings))
+
+
+class KSamplerRewardGuidance(io.ComfyNode):
+    """KSampler with the reward guider inside."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeKSamplerRewardGuidance",
+            display_name="KSampler (Reward Guidance)",
+            category="personalize/dco",
+            description="KSampler that guides by the text and, separately, by what the LoRA learned.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model with one or more LoRAs from Load DCO LoRA."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Random seed of the starting noise.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Text scale: ordinary guidance by the base prompt. 1 leaves the negative prompt out.",
+                ),
+                _reward_scale(),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling algorithm."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise level falls."
+                ),
+                *_conditionings(),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise; its inpainting mask is respected."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 keeps part of the latent's structure, for image to image.",
+                ),
+                *_rescale_and_range(),
+                *_second(),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, seed, steps, cfg, sampler_name, scheduler, latent_image, denoise, **settings
+    ) -> io.NodeOutput:
+        require_unet(model)
+        guider = RewardGuider(model, text_scale=cfg, **settings)
+        latent = sample_latent(guider, latent_image, seed, steps, sampler_name, scheduler, denoise)
+        return io.NodeOutput(latent)
