@@ -62,7 +62,8 @@ def _restore_buffers(module: nn.Module) -> None:
     remaining = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
     if remaining:
         raise IncompatibleModelError(
-            f"{type(module).__name__}: no values for {remaining[:3]}; install another release of transformers or diffusers"
+            f"{type(module).__name__}: no values for {remaining[:3]}; "
+            "install another release of transformers or diffusers"
         )
 
 

@@ -53,10 +53,12 @@ class LearnedTokenEmbedding(nn.Module):
     """
 
     def __init__(self, weight: Tensor, learned: Tensor, context_ids: Sequence[int] = ()):
-        """Args:
-        weight: (vocabulary, dim), the frozen table.
-        learned: (rows, dim), starting values of the learned rows.
-        context_ids: distinct ids of the table.
+        """Build the module on the table's device.
+
+        Args:
+            weight: (vocabulary, dim), the frozen table.
+            learned: (rows, dim), starting values of the learned rows.
+            context_ids: distinct ids of the table.
         """
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
