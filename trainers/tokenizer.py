@@ -2,15 +2,15 @@
 
 import gzip
 import json
+import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..models.errors import FormatError, MissingDependencyError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY = 49408
-_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_MERGES_FILE = Path("open_clip", "bpe_simple_vocab_16e6.txt.gz")
 _MERGES = VOCABULARY - 2 * 256 - 2
 
 
@@ -39,13 +39,12 @@ def load_tokenizer(folder: Path | None = None):
 
 def _find_merges() -> Path:
     """The merges file, found without importing its package: that would ask for torchvision."""
-    spec = find_spec("open_clip")
-    for location in (spec.submodule_search_locations or []) if spec else []:
+    for location in sys.path:
         if (Path(location) / _MERGES_FILE).is_file():
             return Path(location) / _MERGES_FILE
     raise MissingDependencyError(
         "no CLIP tokenizer: give a folder with one (vocab.json and merges.txt), "
-        "or install its word list with `pip install --no-deps open_clip_torch`"
+        "or install the package open_clip_torch, which carries its word list (without its dependencies is enough)"
     )
 
 
