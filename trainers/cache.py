@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models.errors import TrainingError
 from .dataset import Example
 from .pictures import Crop, Cut
-from .progress import Progress, SilentProgress
+from .progress import Cancelled, Progress, SilentProgress
 
 SizeConditioning = Literal["square", "true"]
 
@@ -29,10 +29,6 @@ class MomentsEncoder(Protocol):
             The standard deviation may be None for a VAE without one.
         """
         ...
-
-
-class CachingCancelled(Exception):  # noqa: N818 -- not an error: the user asked for it
-    """The user cancelled while pictures were being encoded; nothing has been written."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class LatentCache:
             progress: told after each picture, and asked before each cut whether to stop.
 
         Raises:
-            CachingCancelled: ``progress`` wanted to stop.
+            Cancelled: ``progress`` wanted to stop.
             DatasetError: a picture has changed or vanished since the dataset was made.
             TrainingError: the VAE returned NaN or infinite values.
         """
@@ -110,7 +106,7 @@ class LatentCache:
                 state = generator.get_state()
                 for mirrored in (False, True) if flip else (False,):
                     if progress.cancelled():
-                        raise CachingCancelled(f"cancelled while encoding {example.picture.name}")
+                        raise Cancelled(f"cancelled while encoding {example.picture.name}")
                     generator.set_state(state)
                     cut = opened.cut(size, crop=crop, flip=mirrored, generator=generator)
                     place = cut.crop_top_left, mirrored

@@ -67,8 +67,8 @@ def save_personalization(
     family: Family,
     method: str,
     config: TrainConfig,
+    overwrite: bool = False,
     extra: Mapping[str, str] | None = None,
-    layers_per_block: int = 2,
 ) -> list[Path]:
     """Write ``<name>.safetensors`` to the LoRA folder and one file per token to the embeddings folder.
 
@@ -85,7 +85,8 @@ def save_personalization(
         FormatError: the disk refused; files written before stay, none is half-written.
     """
     shared = {"family": family.name, "method": method, "title": place.name, "config": config.as_dict(), "extra": extra}
-    tensors = kohya_tensors(deltas, family.name, layers_per_block=layers_per_block)
+    dtype = torch.float16 if config.save_precision == "fp16" else torch.float32
+    tensors = {key: tensor.to(dtype) for key, tensor in kohya_tensors(deltas, family.name).items()}
     ranks = {delta.rank for delta in deltas.values()}
     written, start = [], 0
     embeddings = {}
@@ -97,9 +98,9 @@ def save_personalization(
     metadata = describe(LORA_FORMAT, tokens=tokens, **shared)
     if ranks:
         metadata |= {"ss_network_dim": str(max(ranks)), "ss_network_module": "networks.lora"}
-    written.append(write_safetensors(place.lora_path, tensors, metadata, overwrite=place.overwrite))
+    written.append(write_safetensors(place.lora_path, tensors, metadata, overwrite=overwrite))
     for token, part in embeddings.items():
         metadata = describe(EMBEDDING_FORMAT, tokens=[token], kind="textual-inversion", **shared)
         path = place.embedding_path(token, tokens)
-        written.append(write_safetensors(path, part, metadata, overwrite=place.overwrite))
+        written.append(write_safetensors(path, part, metadata, overwrite=overwrite))
     return written

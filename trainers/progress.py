@@ -7,6 +7,10 @@ from typing import Protocol, runtime_checkable
 from PIL import Image
 
 
+class Cancelled(Exception):  # noqa: N818 -- not an error: the user asked for it
+    """The user stopped the work before there was anything to keep."""
+
+
 @runtime_checkable
 class Progress(Protocol):
     """What a training loop needs from whoever watches it."""
@@ -26,6 +30,16 @@ class SilentProgress:
 
     def cancelled(self) -> bool:
         return False
+
+
+class FollowerProgress(SilentProgress):
+    """For the processes that are not the writer: silent, but the user's wish to stop reaches them too."""
+
+    def __init__(self, leader: Progress) -> None:
+        self._leader = leader
+
+    def cancelled(self) -> bool:
+        return self._leader.cancelled()
 
 
 class TerminalProgress:

@@ -1,9 +1,10 @@
 """Settings of DCO training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config import TrainConfig
+from ..settings import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +35,10 @@ class DCOConfig(TrainConfig):
             self.text_weight_decay >= 0 or self.text_weight_decay == -1, "text_weight_decay", "0 or more, or -1"
         )
         self._require(self.prior_loss_weight >= 0, "prior_loss_weight", "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCORun(RunSettings):
+    """A whole DCO training from the command line."""
+
+    train: DCOConfig = field(default_factory=DCOConfig)

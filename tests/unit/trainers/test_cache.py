@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from comfyui_personalize.models.errors import TrainingError
-from comfyui_personalize.trainers.cache import CachingCancelled, LatentCache, stack_masks
+from comfyui_personalize.trainers.cache import LatentCache, stack_masks
 from comfyui_personalize.trainers.dataset import Dataset
-from comfyui_personalize.trainers.progress import SilentProgress
+from comfyui_personalize.trainers.progress import Cancelled, SilentProgress
 
 
 class BlockVAE:
@@ -160,7 +160,7 @@ def test_stacked_masks_count_whole_pictures_as_ones():
 @pytest.mark.parametrize("cancel_after", [0, 3])
 def test_cancelling_stops_before_the_next_cut(cancel_after):
     vae = BlockVAE()
-    with pytest.raises(CachingCancelled):
+    with pytest.raises(Cancelled):
         LatentCache.build(
             pictures((16, 90), (16, 90)),
             vae,

@@ -1,0 +1,56 @@
+"""Preview pictures while a DCO training runs."""
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+
+from ..conditioning import Conditioning
+from ..progress import Progress
+from ..sampling import euler, guided, sample, to_pictures
+from ..vae import PIXELS_PER_LATENT, Autoencoder
+from .config import DCOConfig
+
+LATENT_CHANNELS = 4
+
+
+class Previews:
+    """Samples the same prompt and noise again and again, so that pictures of different steps compare.
+
+    Draws from a generator of its own: training takes the same course with and without previews.
+    """
+
+    def __init__(
+        self,
+        config: DCOConfig,
+        unet: torch.nn.Module,
+        vae: Autoencoder | None,
+        schedule,
+        conditioning: Callable[[], tuple[Conditioning, Conditioning]],
+        *,
+        side: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        """Args: conditioning: returns that of the empty prompt and that of the preview prompt, as trained so far."""
+        self.last: Image.Image | None = None
+        self._config, self._unet, self._vae, self._schedule = config, unet, vae, schedule
+        self._conditioning, self._side, self._device, self._progress = conditioning, side, device, progress
+
+    @torch.no_grad()
+    def make(self, step: int) -> Image.Image | None:
+        """A picture with the weights as they are now; None when the user cancels meanwhile."""
+        uncond, personalized = self._conditioning()
+        cells = self._side // PIXELS_PER_LATENT
+        generator = torch.Generator().manual_seed(self._config.seed)
+        noise = torch.randn(1, LATENT_CHANNELS, cells, cells, generator=generator).to(self._device)
+        predict = guided(self._unet, uncond, uncond, personalized, text_scale=self._config.preview_guidance)
+        for latents in sample(euler(self._schedule), predict, noise, self._config.preview_steps):  # noqa: B007
+            if self._progress.cancelled():
+                return None
+        self._vae.to(self._device)
+        try:
+            self.last = to_pictures(self._vae.decode(latents))[0]
+        finally:
+            self._vae.to("cpu")
+        return self.last

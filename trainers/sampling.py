@@ -1,0 +1,87 @@
+"""Sampling pictures with a diffusers UNet: previews during training, and the command line."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..models.dco import rescale_guidance, reward_guidance
+from ..models.schedules import NoiseSchedule
+from .adapters import lora_off
+from .conditioning import Conditioning, predict
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""Model input (batch, channels, height, width) and timestep -> guided prediction."""
+
+
+def guided(
+    unet: nn.Module,
+    uncond: Conditioning,
+    base: Conditioning,
+    personalized: Conditioning,
+    *,
+    text_scale: float,
+    reward_scale: float | None = None,
+    rescale: float = 0.0,
+) -> Predict:
+    """Guided prediction: with a reward scale the authors' reward guidance, without one plain guidance.
+
+    Plain guidance runs every row with the LoRA on, as any LoRA loader does. Reward guidance runs the
+    unconditional and base rows with it off.
+    """
+
+    def plain(x: Tensor, timestep: Tensor) -> Tensor:
+        both = Conditioning.join(uncond, personalized)
+        without, with_text = predict(unet, torch.cat([x, x]), timestep, both).chunk(2)
+        return without + text_scale * (with_text - without)
+
+    def rewarded(x: Tensor, timestep: Tensor) -> Tensor:
+        with lora_off(unet):
+            both = Conditioning.join(uncond, base)
+            without, with_text = predict(unet, torch.cat([x, x]), timestep, both).chunk(2)
+        learned = predict(unet, x, timestep, personalized)
+        result = reward_guidance(without, with_text, [learned], text_scale=text_scale, reward_scales=[reward_scale])
+        return rescale_guidance(result, with_text, rescale)
+
+    return plain if reward_scale is None else rewarded
+
+
+@torch.no_grad()
+def sample(scheduler: Any, predict_noise: Predict, latents: Tensor, steps: int) -> Iterator[Tensor]:
+    """Yield the latents after every step of a diffusers scheduler.
+
+    Args:
+        scheduler: any diffusers scheduler.
+        latents: standard normal noise, (batch, channels, height, width).
+    """
+    scheduler.set_timesteps(steps, device=latents.device)
+    latents = latents * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        prediction = predict_noise(scheduler.scale_model_input(latents, timestep), timestep)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        yield latents
+
+
+def euler(schedule: NoiseSchedule) -> Any:
+    """diffusers' Euler scheduler for a noise schedule of ours."""
+    from diffusers import EulerDiscreteScheduler
+
+    kept = schedule.alphas_cumprod.double()
+    betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
+    # A schedule that ends in pure noise has an infinite last sigma, which the sampler cannot start from.
+    betas = betas.clamp(max=0.999)
+    return EulerDiscreteScheduler(
+        num_train_timesteps=schedule.timesteps,
+        trained_betas=betas.tolist(),
+        prediction_type=schedule.prediction_type,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """(batch, 3, height, width) in -1..1 -> pictures."""
+    bytes_ = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in bytes_]
