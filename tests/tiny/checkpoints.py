@@ -342,4 +342,5 @@ def _pass_colours(
         else:
             weight[colour, colour, 1, 1] += gain
     if bias is not None:
-        bias[:3] = gain * shift
+        bias[:3] *= 0.1
+        bias[:3] += gain * shift

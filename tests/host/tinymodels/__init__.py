@@ -48,8 +48,8 @@ def _tiny_options(model_options: dict) -> dict:
 
 def _tiny_model(real):
     class TinyTextModel(real):
-        def __init__(self, *args, model_options={}, **kwargs):
-            super().__init__(*args, model_options=_tiny_options(model_options), **kwargs)
+        def __init__(self, *args, model_options=None, **kwargs):
+            super().__init__(*args, model_options=_tiny_options(model_options or {}), **kwargs)
 
     return TinyTextModel
 
@@ -78,7 +78,7 @@ def _sizes(family) -> dict:
 class TinySD15(comfy.supported_models.SD15):
     unet_config = _sizes(_SD15)
 
-    def clip_target(self, state_dict={}):
+    def clip_target(self, state_dict=None):
         return comfy.supported_models_base.ClipTarget(
             _tiny_tokenizer(comfy.sd1_clip.SD1Tokenizer), _tiny_model(comfy.sd1_clip.SD1ClipModel)
         )
@@ -91,7 +91,7 @@ class TinySD21(comfy.supported_models.SD20):
         v_prediction = "v_pred" in state_dict
         return comfy.model_base.ModelType.V_PREDICTION if v_prediction else comfy.model_base.ModelType.EPS
 
-    def clip_target(self, state_dict={}):
+    def clip_target(self, state_dict=None):
         return comfy.supported_models_base.ClipTarget(
             _tiny_tokenizer(comfy.text_encoders.sd2_clip.SD2Tokenizer),
             _tiny_model(comfy.text_encoders.sd2_clip.SD2ClipModel),
@@ -103,7 +103,7 @@ class TinySDXL(comfy.supported_models.SDXL):
         "transformer_depth": [depth for depth in _SDXL.depths for _ in range(_checkpoints.RESIDUAL_BLOCKS)]
     }
 
-    def clip_target(self, state_dict={}):
+    def clip_target(self, state_dict=None):
         return comfy.supported_models_base.ClipTarget(
             _tiny_tokenizer(comfy.sdxl_clip.SDXLTokenizer), _tiny_model(comfy.sdxl_clip.SDXLClipModel)
         )
