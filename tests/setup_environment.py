@@ -97,10 +97,12 @@ def install(venv: Path, host: Path | None) -> None:
 
 
 def host_requirements(host: Path) -> str:
-    """The host's requirements without torch's family, which is installed already, plus `requests`: it imports it
-    without declaring it."""
+    """The host's requirements without torch's family, which is installed already.
+
+    It also imports `requests` without declaring it; that comes with our own test tools.
+    """
     lines = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return "\n".join([line for line in lines if not TORCH_FAMILY.match(line.strip())] + ["requests", ""])
+    return "\n".join([line for line in lines if not TORCH_FAMILY.match(line.strip())] + [""])
 
 
 def _say(sentence: str) -> None:

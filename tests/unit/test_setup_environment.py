@@ -28,7 +28,7 @@ def host(tmp_path):
 
 def test_the_hosts_torch_is_left_out_and_its_other_needs_stay(setup, host):
     lines = [line for line in setup.host_requirements(host).splitlines() if line]
-    assert lines == ["frontend==1.2", "torchsde", "# more", "requests"]
+    assert lines == ["frontend==1.2", "torchsde", "# more"]
 
 
 def test_it_runs_again_when_what_the_host_needs_changes(setup, host):
