@@ -157,3 +157,16 @@ def image_to_picture(image: Tensor) -> Image.Image:
     """One host picture (height, width, channels) in 0..1 -> PIL, for previews."""
     array: Any = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return Image.fromarray(array)
+
+
+def image_list(images: list[Tensor]) -> list[Tensor]:
+    """Batches of host pictures of any sizes -> single pictures (height, width, channels), free of inference mode."""
+    with torch.inference_mode(False):
+        return [detach_from_inference(image).cpu() for batch in images for image in batch.unbind(0)]
+
+
+def mask_list(masks: list[Tensor]) -> list[Tensor]:
+    """Batches of host masks -> single masks (height, width) in 0..1."""
+    with torch.inference_mode(False):
+        batches = [mask if mask.ndim == 3 else mask.unsqueeze(0) for mask in masks]
+        return [detach_from_inference(mask).cpu() for batch in batches for mask in batch.unbind(0)]

@@ -230,20 +230,20 @@ def _fits(patch: Any, shape: torch.Size, key: str) -> bool:
     """
     if isinstance(patch, tuple):
         return patch[1][0].shape == shape
-    # Constrained rotations branch on values, which needs real numbers.
-    return _change_shape(patch, shape, key, "meta") == shape or _change_shape(patch, shape, key, "cpu") == shape
-
-
-def _change_shape(patch: Any, shape: torch.Size, key: str, device: str) -> torch.Size | None:
     seen = []
 
     def watch(change: Tensor) -> Tensor:
         seen.append(change.shape)
         return change
 
+    # Rotations may branch on the size of an angle, for which they need numbers.
+    device = "cpu" if patch.name in ("oft", "boft") else "meta"
     weight = torch.ones(shape, device=device)
-    comfy.lora.calculate_weight([(1.0, patch, 1.0, None, watch)], weight, key)
-    return seen[0] if seen else None
+    try:
+        comfy.lora.calculate_weight([(1.0, patch, 1.0, None, watch)], weight, key)
+    except RuntimeError:  # factors that do not even fit each other
+        return False
+    return seen == [shape]
 
 
 def _check_text(patches: Mapping[str, Any], clip, refusal: str) -> None:

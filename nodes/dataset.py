@@ -1,0 +1,268 @@
+"""Dataset nodes: pictures and captions gathered on the canvas or from a folder."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..models.errors import DatasetError
+from ..models.tokens import LearnedToken
+from ..trainers.dataset import Dataset, Example
+from ..trainers.pictures import Picture
+from . import _host, _sockets
+
+NO_FOLDER = "(none)"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_DEPTH = 3
+_THUMBNAIL = 256
+
+
+def _folders() -> list[str]:
+    """Sub-folders of the host's input folder that hold pictures, by relative name."""
+    root = Path(folder_paths.get_input_directory())
+    if not root.is_dir():
+        return []
+    found = {
+        path.parent.relative_to(root).as_posix()
+        for depth in range(1, _DEPTH + 1)
+        for path in root.glob("*/" * depth + "*")
+        if path.suffix.lower() in _PICTURES and path.parent.name not in ("mask", "masks")
+    }
+    return sorted(found)
+
+
+def _folder_path(name: str) -> Path:
+    """The folder of that name inside the input folder; DatasetError for anything outside it."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root) or not path.is_dir():
+        raise DatasetError(f"{name!r} is not a folder inside ComfyUI's input folder; choose one from the list")
+    return path
+
+
+def _folder_version(name: str) -> str:
+    if name in ("", NO_FOLDER, None):
+        return ""
+    try:
+        return _host.file_version(*sorted(path for path in _folder_path(name).rglob("*") if path.is_file()))
+    except DatasetError:
+        return ""
+
+
+class TrainingPicture(io.ComfyNode):
+    """One picture with its caption; chain as many as there are pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        root = folder_paths.get_input_directory()
+        files = [name for name in folder_paths.filter_files_content_types(_files(root), ["image"])]
+        return io.Schema(
+            node_id="PersonalizeTrainingPicture",
+            display_name="Training Picture",
+            category="personalize/data",
+            description="Adds one picture and its caption to a training set. Chain one node per picture and end "
+            "with Personalization Dataset.",
+            inputs=[
+                io.Combo.Input(
+                    "image",
+                    options=sorted(files),
+                    upload=io.UploadType.image,
+                    image_folder=io.FolderType.input,
+                    tooltip="Drop a picture here. Transparent parts are left out of methods that use masks.",
+                ),
+                io.String.Input(
+                    "caption",
+                    default="",
+                    multiline=True,
+                    tooltip="Describe the whole picture, background and style too, with your token where the subject "
+                    "is named: a photo of a <dog> on a street, in front of lush trees.",
+                ),
+                io.String.Input(
+                    "base_caption",
+                    default="",
+                    multiline=True,
+                    tooltip="The same in ordinary words. Empty replaces each token by its initializer word.",
+                ),
+                _sockets.Dataset.Input("pictures", optional=True, tooltip="The Training Picture before this one."),
+            ],
+            outputs=[_sockets.Dataset.Output(display_name="pictures")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, image, **_others) -> str:
+        return _host.file_version(Path(folder_paths.get_annotated_filepath(image))) if image else ""
+
+    @classmethod
+    def validate_inputs(cls, image) -> bool | str:
+        if image is not None and not folder_paths.exists_annotated_filepath(image):
+            return f"picture {image} is not in the input folder; drop it on the node again"
+        return True
+
+    @classmethod
+    def execute(cls, image, caption, base_caption="", pictures=None) -> io.NodeOutput:
+        picture = Picture.from_file(Path(folder_paths.get_annotated_filepath(image)))
+        example = Example(picture, caption.strip(), base_caption.strip())
+        earlier = () if pictures is None else pictures.examples
+        return io.NodeOutput(_Gathered((*earlier, example)))
+
+
+class _Gathered:
+    """Pictures on their way to a dataset, not checked yet because the tokens are not known."""
+
+    def __init__(self, examples: tuple[Example, ...]) -> None:
+        self.examples = examples
+
+
+def _files(root: str) -> list[str]:
+    return [path.name for path in Path(root).iterdir() if path.is_file()] if Path(root).is_dir() else []
+
+
+class PersonalizationDataset(io.ComfyNode):
+    """Pictures, captions and learned tokens as one dataset."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizePersonalizationDataset",
+            display_name="Personalization Dataset",
+            category="personalize/data",
+            description="Gathers what a training learns from. Pictures come from Training Picture nodes, from a "
+            "folder inside ComfyUI's input folder, or from an IMAGE batch or list.",
+            is_input_list=True,
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=[NO_FOLDER, *_folders()],
+                    default=NO_FOLDER,
+                    tooltip="A folder inside the input folder. Captions come from text files beside the pictures "
+                    "(cat.jpg, cat.txt), or from a config.json in the DCO authors' layout.",
+                ),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="For a folder or IMAGE batch: one line per picture, or one line for all. Empty reads the "
+                    "text files of the folder.",
+                ),
+                io.String.Input(
+                    "base_captions",
+                    default="",
+                    multiline=True,
+                    tooltip="The same in ordinary words, one line per picture. Empty replaces each token by its "
+                    "initializer word.",
+                ),
+                io.String.Input(
+                    "token",
+                    default="<dog>",
+                    tooltip="The new word to learn, in angle brackets; several separated by commas. Empty learns no "
+                    "word, as for a style.",
+                ),
+                io.String.Input(
+                    "initializer",
+                    default="dog",
+                    tooltip="The ordinary word that the token starts from, one per token, separated by commas.",
+                ),
+                io.Int.Input(
+                    "rows_per_token",
+                    default=1,
+                    min=1,
+                    max=32,
+                    tooltip="Embedding vectors per token. The DCO authors use 1; more hold more detail and use up "
+                    "more of the prompt's 75 places.",
+                ),
+                io.Combo.Input(
+                    "class_folder",
+                    options=[NO_FOLDER, *_folders()],
+                    default=NO_FOLDER,
+                    tooltip="Prior preservation: a folder of ordinary pictures of the same class, to keep the model "
+                    "from forgetting what a dog is.",
+                ),
+                io.String.Input(
+                    "class_caption",
+                    default="",
+                    tooltip="Caption of the class pictures. Empty reads text files beside them.",
+                ),
+                _sockets.Dataset.Input("pictures", optional=True, tooltip="The last Training Picture of a chain."),
+                io.Image.Input("images", optional=True, tooltip="A batch or a list of pictures, any sizes."),
+                io.Mask.Input(
+                    "masks", optional=True, tooltip="One mask per picture, white where the picture counts."
+                ),
+            ],
+            outputs=[
+                _sockets.Dataset.Output(display_name="dataset"),
+                io.Image.Output(display_name="preview", tooltip="Thumbnails of the pictures, as a batch."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder=None, class_folder=None, **_others) -> str:
+        names = [value[0] if isinstance(value, list) and value else value for value in (folder, class_folder)]
+        return "|".join(_folder_version(name) for name in names)
+
+    @classmethod
+    def execute(
+        cls,
+        folder,
+        captions,
+        base_captions,
+        token,
+        initializer,
+        rows_per_token,
+        class_folder,
+        class_caption,
+        pictures=None,
+        images=None,
+        masks=None,
+    ) -> io.NodeOutput:
+        folder, class_folder = folder[0], class_folder[0]
+        tokens = _tokens(token[0], initializer[0], rows_per_token[0])
+        captions, base_captions = _lines(captions), _lines(base_captions)
+        sources = [folder != NO_FOLDER, pictures is not None, images is not None]
+        if sum(sources) != 1:
+            raise DatasetError(
+                f"pictures come from {sum(sources)} places (folder, Training Picture, images); connect or choose "
+                "exactly one"
+            )
+        if folder != NO_FOLDER:
+            dataset = Dataset.from_folder(
+                _folder_path(folder),
+                tokens=tokens,
+                captions=captions or None,
+                base_captions=base_captions or None,
+                **({} if masks is None else {"masks": _host.mask_list(masks)}),
+            )
+        elif images is not None:
+            dataset = Dataset.from_tensors(
+                _host.image_list(images),
+                captions,
+                base_captions=base_captions or None,
+                masks=None if masks is None else _host.mask_list(masks),
+                tokens=tokens,
+            )
+        else:
+            examples = pictures[0].examples
+            dataset = Dataset.build(
+                [example.picture for example in examples],
+                captions or [example.caption for example in examples],
+                base_captions=base_captions or [example.base_caption or None for example in examples],
+                tokens=tokens,
+            )
+        if class_folder != NO_FOLDER:
+            dataset = dataset.with_class_folder(_folder_path(class_folder), class_caption[0].strip() or None)
+        return io.NodeOutput(dataset, dataset.preview(_THUMBNAIL))
+
+
+def _lines(values: list[str] | None) -> list[str]:
+    """Non-empty lines of a widget, or the strings of a list that another node gives."""
+    return [line.strip() for value in values or [] for line in value.splitlines() if line.strip()]
+
+
+def _tokens(triggers: str, initializers: str, rows: int) -> tuple[LearnedToken, ...]:
+    names = [name.strip() for name in triggers.split(",") if name.strip()]
+    words = [word.strip() for word in initializers.split(",")] if names else []
+    if len(words) != len(names):
+        raise DatasetError(
+            f"there are {len(names)} tokens and {len(words)} initializer words; give one word per token, separated "
+            "by commas"
+        )
+    return tuple(LearnedToken(name, word, rows) for name, word in zip(names, words, strict=True))
