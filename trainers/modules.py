@@ -24,16 +24,24 @@ class Component:
     names: tuple[str, ...]
     convert: Callable[[Tensors], Tensors]
 
-    def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The module in evaluation mode, without gradients; IncompatibleModelError unless every weight fits."""
-        build = _BUILDERS[self.kind]
+    def build(self) -> nn.Module:
+        """The module on the meta device: every shape, no values."""
         with torch.device("meta"):
-            module = build(self.config)
-        tensors = self.convert(self.weights.read(self.names, dtype))
+            return _BUILDERS[self.kind](self.config)
+
+    def fit(self, module: nn.Module, tensors: Tensors) -> Tensors:
+        """File's tensors under the module's names; IncompatibleModelError unless they are exactly what it needs."""
+        tensors = self.convert(tensors)
         if self.kind == "text" and not hasattr(module, "text_model"):
             # transformers 5.6 flattened CLIPTextModel, but not the class with the projection.
             tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
         _check_fit(module, tensors, self.weights.name, self.kind)
+        return tensors
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """The module in evaluation mode, without gradients; IncompatibleModelError unless every weight fits."""
+        module = self.build()
+        tensors = self.fit(module, self.weights.read(self.names, dtype))
         module.load_state_dict(tensors, strict=True, assign=True)
         _restore_buffers(module)
         return module.to(device).eval().requires_grad_(False)

@@ -127,3 +127,34 @@ def test_separate_kl_autoencoder(comfy, tiny_checkpoint, tmp_path, quantized):
     assert_close(our_mean, mean * 0.18215)
     assert_close(our_std, (logvar.clamp(-30, 20) / 2).exp() * 0.18215)
     assert_close(ours.decode(our_mean), theirs.decode(mean).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_size_names_are_the_hosts(comfy, load_helper, monkeypatch, family):
+    """The host recognises the names and shapes that the loader is tested with, and its modules have the same ones."""
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+    import comfy.model_detection
+    import comfy.ops
+
+    full_size = load_helper("tiny/full_size.py")
+    shapes = full_size.published_shapes(load_helper("tiny/checkpoints.py"), monkeypatch, family)
+    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config = comfy.model_detection.model_config_from_unet(meta, "model.diffusion_model.")
+    assert type(config).__name__ == {"sd15": "SD15", "sd21": "SD20", "sdxl": "SDXL"}[family]
+    unet = openaimodel.UNetModel(**config.unet_config, device="meta", operations=comfy.ops.disable_weight_init)
+    prefix = "model.diffusion_model."
+    ours = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    assert {name: tuple(value.shape) for name, value in unet.state_dict().items()} == ours
+
+    with torch.device("meta"):
+        clip_target = config.clip_target({})
+        text_encoders = clip_target.clip(device="meta", dtype=torch.float16)
+    text = {name: tensor for name, tensor in meta.items() if name.startswith(("cond_stage_model.", "conditioner."))}
+    found = config.process_clip_state_dict(text)
+    expected = {name: value.shape for name, value in text_encoders.state_dict().items()}
+    unstored = {
+        name for name in expected if name.endswith(("clip_l.logit_scale", "clip_l.transformer.text_projection.weight"))
+    }
+    assert {name: value.shape for name, value in found.items() if not name.endswith("position_ids")} == {
+        name: shape for name, shape in expected.items() if name not in unstored
+    }
