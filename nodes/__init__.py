@@ -2,9 +2,19 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
+from .export_lora import ExportLoRA
+from .train_dco import TrainDCO
+from .training_base import LoadTrainingBase, StopFixed
 
 NODES: list[type[io.ComfyNode]] = [
+    TrainingPicture,
+    PersonalizationDataset,
+    LoadTrainingBase,
+    StopFixed,
+    TrainDCO,
+    ExportLoRA,
     LoadDCOLoRA,
     LoadLearnedTokens,
     RewardGuiderNode,

@@ -8,3 +8,5 @@ Dataset = io.Custom("PERSONALIZE_DATASET")
 """Training pictures with captions: trainers.dataset.Dataset."""
 Stopping = io.Custom("PERSONALIZE_STOPPING")
 """A rule that decides when training ends: trainers.stopping."""
+Pictures = io.Custom("PERSONALIZE_PICTURES")
+"""Pictures on their way to a dataset, unchecked while the tokens are unknown: tuple of trainers.dataset.Example."""

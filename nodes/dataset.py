@@ -83,9 +83,9 @@ class TrainingPicture(io.ComfyNode):
                     multiline=True,
                     tooltip="The same in ordinary words. Empty replaces each token by its initializer word.",
                 ),
-                _sockets.Dataset.Input("pictures", optional=True, tooltip="The Training Picture before this one."),
+                _sockets.Pictures.Input("pictures", optional=True, tooltip="The Training Picture before this one."),
             ],
-            outputs=[_sockets.Dataset.Output(display_name="pictures")],
+            outputs=[_sockets.Pictures.Output(display_name="pictures")],
         )
 
     @classmethod
@@ -102,15 +102,7 @@ class TrainingPicture(io.ComfyNode):
     def execute(cls, image, caption, base_caption="", pictures=None) -> io.NodeOutput:
         picture = Picture.from_file(Path(folder_paths.get_annotated_filepath(image)))
         example = Example(picture, caption.strip(), base_caption.strip())
-        earlier = () if pictures is None else pictures.examples
-        return io.NodeOutput(_Gathered((*earlier, example)))
-
-
-class _Gathered:
-    """Pictures on their way to a dataset, not checked yet because the tokens are not known."""
-
-    def __init__(self, examples: tuple[Example, ...]) -> None:
-        self.examples = examples
+        return io.NodeOutput((*(pictures or ()), example))
 
 
 def _files(root: str) -> list[str]:
@@ -182,10 +174,13 @@ class PersonalizationDataset(io.ComfyNode):
                     default="",
                     tooltip="Caption of the class pictures. Empty reads text files beside them.",
                 ),
-                _sockets.Dataset.Input("pictures", optional=True, tooltip="The last Training Picture of a chain."),
+                _sockets.Pictures.Input("pictures", optional=True, tooltip="The last Training Picture of a chain."),
                 io.Image.Input("images", optional=True, tooltip="A batch or a list of pictures, any sizes."),
                 io.Mask.Input(
-                    "masks", optional=True, tooltip="One mask per picture, white where the picture counts."
+                    "masks",
+                    optional=True,
+                    tooltip="One mask per picture of images, white where the picture counts. Load Image gives the "
+                    "opposite: put Invert Mask between.",
                 ),
             ],
             outputs=[
@@ -223,13 +218,17 @@ class PersonalizationDataset(io.ComfyNode):
                 f"pictures come from {sum(sources)} places (folder, Training Picture, images); connect or choose "
                 "exactly one"
             )
+        if masks is not None and images is None:
+            raise DatasetError(
+                "masks are connected without images; a folder's masks belong in its sub-folder mask, under the "
+                "pictures' names"
+            )
         if folder != NO_FOLDER:
             dataset = Dataset.from_folder(
                 _folder_path(folder),
-                tokens=tokens,
+                tokens=tokens or None,
                 captions=captions or None,
                 base_captions=base_captions or None,
-                **({} if masks is None else {"masks": _host.mask_list(masks)}),
             )
         elif images is not None:
             dataset = Dataset.from_tensors(
@@ -240,7 +239,7 @@ class PersonalizationDataset(io.ComfyNode):
                 tokens=tokens,
             )
         else:
-            examples = pictures[0].examples
+            examples = pictures[0]
             dataset = Dataset.build(
                 [example.picture for example in examples],
                 captions or [example.caption for example in examples],

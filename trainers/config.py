@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..models.errors import ConfigError
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Optimizer = Literal["adamw", "adamw8bit"]
 Crop = Literal["center", "random"]
@@ -53,8 +53,9 @@ class TrainConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """The gradients' common norm is clipped to this; 0 turns clipping off."""
-    precision: Precision = "fp32"
-    """Type of the frozen weights and of the forward pass; what is trained stays in fp32."""
+    precision: Precision = "auto"
+    """Type of the frozen weights and of the forward pass; what is trained stays in fp32. ``auto``: bf16 or fp16 on a
+    GPU, fp32 elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: far less memory, about a third slower."""
     seed: int = 0

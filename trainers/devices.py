@@ -2,13 +2,24 @@
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
 from ..models.errors import ConfigError
-from .config import Precision
+from .config import Precision, TrainConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The settings with precision "auto" replaced by what suits the device."""
+    if config.precision != "auto":
+        return config
+    choice: Precision = "fp32"
+    if device.type == "cuda":
+        choice = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return replace(config, precision=choice)
 
 
 def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:

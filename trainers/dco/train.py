@@ -16,7 +16,7 @@ from ..cache import LatentCache
 from ..checkpoint import GeneratorState
 from ..config import build
 from ..dataset import Dataset
-from ..devices import autocast, dtype_of, free_memory
+from ..devices import autocast, dtype_of, free_memory, resolve
 from ..loop import ParameterGroup, TrainResult, train_loop
 from ..order import BatchOrder
 from ..output import OutputPlace, save_personalization
@@ -66,6 +66,7 @@ def train(
         PersonalizeError: any of its kinds, before a model is loaded where the cause can be known by then.
     """
     progress, ranks = progress or SilentProgress(), ranks or Ranks()
+    config = resolve(config, device)
     rule = "" if stopping is None else str(stopping.as_dict())
     fingerprint = config.resume_fingerprint(base.fingerprint, dataset.fingerprint, rule, str(ranks.count))
     dtype = dtype_of(config.precision, device)
