@@ -4,6 +4,21 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from comfyui_personalize.models.lora import LowRankDelta, parse_lora
+from comfyui_personalize.models.schedules import NoiseSchedule
+
+
+@pytest.fixture
+def schedule(case) -> NoiseSchedule:
+    """The case's noise schedule; a prediction type beside the scheduler's settings overrides theirs."""
+    settings = case.config["scheduler"]
+    assert settings["beta_schedule"] == "scaled_linear", "every Stable Diffusion base has this one"
+    return NoiseSchedule.scaled_linear(
+        case.config.get("prediction_type", settings["prediction_type"]),
+        timesteps=settings["num_train_timesteps"],
+        beta_start=settings["beta_start"],
+        beta_end=settings["beta_end"],
+        zero_terminal_snr=settings.get("rescale_betas_zero_snr", False),
+    )
 
 
 def part(weights: dict, prefix: str) -> dict:

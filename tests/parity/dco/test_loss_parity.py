@@ -5,28 +5,50 @@ import torch
 
 from comfyui_personalize.models.dco import dco_loss, denoising_error
 from comfyui_personalize.models.schedules import NoiseSchedule, offset_noise
-
-
-def schedule_of(config: dict) -> NoiseSchedule:
-    """The noise schedule of a case; a prediction type beside the scheduler's settings overrides them."""
-    scheduler = config["scheduler"]
-    assert scheduler["beta_schedule"] == "scaled_linear", "every Stable Diffusion base has this one"
-    return NoiseSchedule.scaled_linear(
-        config.get("prediction_type", scheduler["prediction_type"]),
-        timesteps=scheduler["num_train_timesteps"],
-        beta_start=scheduler["beta_start"],
-        beta_end=scheduler["beta_end"],
-        zero_terminal_snr=scheduler.get("rescale_betas_zero_snr", False),
-    )
+from comfyui_personalize.trainers.conditioning import Conditioning
+from comfyui_personalize.trainers.dco.config import DCOConfig
+from comfyui_personalize.trainers.dco.step import dco_step
 
 
 def min_snr(schedule: NoiseSchedule, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | None:
     return None if gamma is None else schedule.min_snr_weights(timesteps, gamma)
 
 
+class Replayed(torch.nn.Module):
+    """A UNet that answers what was recorded, with and without its adapters."""
+
+    def __init__(self, prediction: torch.Tensor, reference: torch.Tensor | None):
+        super().__init__()
+        self.answers = {True: prediction, False: reference}
+        self.adapted = True
+
+    def disable_adapters(self):
+        self.adapted = False
+
+    def enable_adapters(self):
+        self.adapted = True
+
+    def forward(self, noisy, *_, **__):
+        return (self.answers[self.adapted],)
+
+
+def recorded_step(case, schedule, prediction, reference, *, class_rows: int = 0, snr_gamma: float | None = None):
+    """The loss of our training step where the UNet gives the recorded predictions."""
+    gamma = snr_gamma if snr_gamma is not None else case.config["snr_gamma"] or 0.0
+    config = DCOConfig(
+        beta=case.config["beta"],
+        snr_gamma=gamma,
+        prior_loss_weight=case.config.get("prior_loss_weight", 1.0),
+    )
+    told = Conditioning(torch.zeros(len(prediction), 1, 1))
+    rows = {name: case.inputs[name] for name in ("latents", "noise", "timesteps")}
+    unet = Replayed(prediction, reference)
+    return dco_step(unet, schedule, config, **rows, policy=told, reference=told, class_rows=class_rows)
+
+
 @pytest.mark.golden("dco", "dco_loss_eps", "dco_loss_eps_snr", "dco_loss_v", "dco_loss_v_snr")
-def test_loss_and_gradient(case):
-    schedule, beta, gamma = schedule_of(case.config), case.config["beta"], case.config["snr_gamma"]
+def test_loss_and_gradient(case, schedule):
+    beta, gamma = case.config["beta"], case.config["snr_gamma"]
     timesteps, reference = case.inputs["timesteps"], case.inputs["refer_pred"]
     target = schedule.target(case.inputs["latents"], case.inputs["noise"], timesteps)
     weights = min_snr(schedule, timesteps, gamma)
@@ -34,6 +56,8 @@ def test_loss_and_gradient(case):
 
     loss = dco_loss(prediction, reference, target, beta, weights=weights)
     (gradient,) = torch.autograd.grad(loss, prediction)
+
+    case.check("loss", recorded_step(case, schedule, prediction, reference))
 
     model_error = denoising_error(prediction, target, weights)
     reference_error = denoising_error(reference, target, weights)
@@ -49,23 +73,20 @@ def test_loss_and_gradient(case):
 
 
 @pytest.mark.golden("dco", "dco_loss_prior", "dco_loss_prior_snr")
-def test_loss_with_class_pictures(case):
-    schedule, config = schedule_of(case.config), case.config
-    timesteps, prediction = case.inputs["timesteps"], case.inputs["model_pred"].requires_grad_()
+def test_loss_with_class_pictures(case, schedule):
+    config, timesteps, prediction = case.config, case.inputs["timesteps"], case.inputs["model_pred"].requires_grad_()
     target = schedule.target(case.inputs["latents"], case.inputs["noise"], timesteps)
     subject, class_ = prediction.chunk(2)
     subject_target, class_target = target.chunk(2)
     reference = case.inputs["refer_pred"].chunk(2)[0]
     weights = min_snr(schedule, timesteps.chunk(2)[0], config["snr_gamma"])
 
-    prior = denoising_error(class_, class_target)
-    loss = dco_loss(subject, reference, subject_target, config["beta"], weights=weights)
-    loss = loss + config["prior_loss_weight"] * prior
+    loss = recorded_step(case, schedule, prediction, reference, class_rows=len(class_))
     (gradient,) = torch.autograd.grad(loss, prediction)
 
     case.check("loss", loss)
     case.check("grad_model_pred", gradient)
-    case.check("prior_loss", prior)
+    case.check("prior_loss", denoising_error(class_, class_target))
     case.check("loss_model", denoising_error(subject, subject_target, weights))
     case.check("loss_refer", denoising_error(reference, subject_target, weights))
 
@@ -85,21 +106,22 @@ def test_loss_far_from_and_at_equality(case):
 
 
 @pytest.mark.golden("dco", "sft_loss_beta_off")
-def test_plain_denoising_loss(case):
-    schedule, timesteps = schedule_of(case.config), case.inputs["timesteps"]
+def test_plain_denoising_loss(case, schedule):
+    timesteps = case.inputs["timesteps"]
     target = schedule.target(case.inputs["latents"], case.inputs["noise"], timesteps)
-    weights = {"plain": None, "snr": min_snr(schedule, timesteps, case.config["snr_gamma"])}
-    for name, factor in weights.items():
+    for name, gamma in {"plain": 0.0, "snr": case.config["snr_gamma"]}.items():
         prediction = case.inputs["model_pred"].clone().requires_grad_()
-        loss = denoising_error(prediction, target, factor)
+        weights = min_snr(schedule, timesteps, gamma or None)
+        case.check(f"loss_{name}", denoising_error(prediction, target, weights))
+        loss = recorded_step(case, schedule, prediction, None, snr_gamma=gamma)
         (gradient,) = torch.autograd.grad(loss, prediction)
         case.check(f"loss_{name}", loss)
         case.check(f"grad_{name}", gradient)
 
 
 @pytest.mark.golden("dco", "offset_noise_and_targets")
-def test_noise_noisy_latents_and_targets(case):
-    schedule, latents, timesteps = schedule_of(case.config), case.inputs["latents"], case.inputs["timesteps"]
+def test_noise_noisy_latents_and_targets(case, schedule):
+    latents, timesteps = case.inputs["latents"], case.inputs["timesteps"]
     noise = offset_noise(case.inputs["z"], case.inputs["z_offset"], case.config["offset_noise"])
     case.check("alphas_cumprod", schedule.alphas_cumprod)
     case.check("noise", noise)

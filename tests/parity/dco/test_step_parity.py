@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from comfyui_personalize.models.schedules import NoiseSchedule
 from comfyui_personalize.trainers.adapters import add_lora
 from comfyui_personalize.trainers.conditioning import Conditioning
 from comfyui_personalize.trainers.dco.config import DCOConfig
@@ -11,15 +10,8 @@ from comfyui_personalize.trainers.dco.step import dco_step
 
 
 @pytest.mark.golden("dco", "unet_lora_dco_step_*")
-def test_step_through_the_unet(case, shared, tiny_unet, tiny_lora):
+def test_step_through_the_unet(case, schedule, tiny_unet, tiny_lora):
     config, inputs = case.config, case.inputs
-    scheduler = config["scheduler"]
-    schedule = NoiseSchedule.scaled_linear(
-        config.get("prediction_type", scheduler["prediction_type"]),
-        timesteps=scheduler["num_train_timesteps"],
-        beta_start=scheduler["beta_start"],
-        beta_end=scheduler["beta_end"],
-    )
     assert config["lora_alpha"] == config["rank"]
     parameters = add_lora(tiny_unet, config["rank"], config["target_modules"], torch.Generator())
     with torch.no_grad():

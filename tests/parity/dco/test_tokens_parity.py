@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from comfyui_personalize.models.formats import read_safetensors, write_safetensors
+from comfyui_personalize.models.learned_embeddings import read_learned_embeddings
 from comfyui_personalize.models.tokens import random_rows, remembered_norms, retract
 from comfyui_personalize.trainers.config import TrainConfig
 from comfyui_personalize.trainers.loop import ParameterGroup, clip_gradients, make_optimizer
@@ -58,11 +59,11 @@ def test_rows_return_to_their_norms(case):
 def test_clipped_steps_of_lora_and_tokens(case):
     config, ids = case.config, case.config["train_ids"]
     encoders, layers = count(case.inputs, "weight_"), count(case.inputs, "lora_")
-    frozen = [i for i in range(len(case.inputs["weight_0"])) if i not in ids]
     lora = [case.inputs[f"lora_{i}"].clone().requires_grad_() for i in range(layers)]
     tables = [case.inputs[f"weight_{e}"] for e in range(encoders)]
+    others = [[row for row in range(len(table)) if row not in ids] for table in tables]
     learned = [table[ids].clone().requires_grad_() for table in tables]
-    context = [table[frozen].clone().requires_grad_() for table in tables]
+    context = [table[rows].clone().requires_grad_() for table, rows in zip(tables, others, strict=True)]
     settings = TrainConfig(
         adam_beta1=config["betas"][0],
         adam_beta2=config["betas"][1],
@@ -79,7 +80,7 @@ def test_clipped_steps_of_lora_and_tokens(case):
             tensor.grad = case.inputs[f"grad_lora_{i}_{step}"].clone()
         for e in range(encoders):
             gradient = case.inputs[f"grad_weight_{e}_{step}"]
-            learned[e].grad, context[e].grad = gradient[ids].clone(), gradient[frozen].clone()
+            learned[e].grad, context[e].grad = gradient[ids].clone(), gradient[others[e]].clone()
         clip_gradients([*lora, *learned, *context], settings.max_grad_norm)
         optimizer.step()
         for e, rows in enumerate(learned):
@@ -101,3 +102,7 @@ def test_embedding_file(case, tmp_path):
         assert len(tensors[key]) == len(case.config["inserting_tokens"])
         case.check(key, tensors[key])
         case.check(key, written[key])
+    tokens = read_learned_embeddings(case.file(case.config["file"]), case.config["inserting_tokens"])
+    assert [token.trigger for token in tokens] == case.config["inserting_tokens"]
+    for key in tensors:
+        case.check(key, torch.cat([token.rows[key] for token in tokens]))
