@@ -198,6 +198,8 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Conditioning for a batch of prompts, with gradient to the learned rows and to any adapters."""
+        for leaf in (*self.learned.values(), *self.context.values()):
+            leaf.requires_grad_(True)  # attaching a LoRA to an encoder freezes all that the LoRA did not bring
         hidden, pooled = [], None
         for slot, encoder in zip(self.family.encoders, self.encoders):
             ids = torch.tensor([self.token_ids(prompt, slot) for prompt in prompts], device=self.device)
