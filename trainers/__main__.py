@@ -21,7 +21,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", choices=sorted(RECIPES), help="what to run")
     parser.add_argument("--config", required=True, help="TOML file; the recipe's folder has an example.toml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)
     progress = TerminalProgress()
     previous = signal.signal(signal.SIGINT, progress.interrupt)
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ def check_type(name: str, value: Any, kind: Any) -> None:
     plain = get_origin(kind) or kind
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         return
+    if plain is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}")
     if plain in (bool, int, float, str, Path):
         wrong_bool = plain is not bool and isinstance(value, bool)
         if wrong_bool or not isinstance(value, plain):
@@ -156,10 +159,12 @@ def check_type(name: str, value: Any, kind: Any) -> None:
 def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
     """Construct a (nested) config dataclass from plain values; unknown keys raise ConfigError."""
     types = get_type_hints(cls)
+    table = where.rstrip(".") or cls.__name__
     if unknown := sorted(values.keys() - types.keys()):
-        raise ConfigError(
-            f"unknown setting(s) {', '.join(unknown)} in {where or cls.__name__}; known: {', '.join(types)}"
-        )
+        raise ConfigError(f"unknown setting(s) {', '.join(unknown)} in {table}; known: {', '.join(types)}")
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"{table} lacks {', '.join(missing)}; add it to the config file or write key=value")
     return cls(**{name: _convert(types[name], value, f"{where}{name}.") for name, value in values.items()})
 
 
@@ -202,6 +207,8 @@ def apply_overrides(values: dict[str, Any], words: Sequence[str]) -> dict[str, A
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
+        if not isinstance(value, (bool, int, float, str, list, dict)):
+            value = text  # a name that reads like a date
         *tables, name = key.split(".")
         place = result
         for table in tables:
