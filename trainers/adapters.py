@@ -7,13 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..models.errors import IncompatibleModelError
+from ..models.errors import FormatError, IncompatibleModelError
 from ..models.lora import LowRankDelta
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Projections of the UNet's attention layers."""
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The same in CLIP text encoders."""
+_TEXT_MODEL = "text_model."
+"""Published names of text encoder layers start so; transformers 5 left it out of one of its two classes."""
 
 
 def add_lora(
@@ -40,14 +42,30 @@ def add_lora(
     return parameters
 
 
-def set_lora(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> None:
-    """Attach a finished LoRA, named by the model's own module names; IncompatibleModelError when it does not fit."""
+def set_lora(
+    model: nn.Module, deltas: Mapping[str, LowRankDelta], *, adapter: str = "default", strength: float = 1.0
+) -> None:
+    """Attach a finished LoRA, frozen and switched on; a further one needs another ``adapter`` name.
+
+    Args:
+        deltas: by module name, as published files spell them.
+        strength: factor on the whole change.
+
+    Raises:
+        IncompatibleModelError: the model lacks a layer, or has it in another size.
+        FormatError: a Tucker-decomposed convolution, which peft has no layer for.
+    """
     from peft import LoraConfig
 
     modules = dict(model.named_modules())
+    deltas = {_own_name(modules, name): delta for name, delta in deltas.items()}
     for name, delta in deltas.items():
-        module = modules.get(name)
-        expected = None if module is None else (module.weight.shape[1], module.weight.shape[0])
+        if delta.mid is not None:
+            raise FormatError(
+                f"the LoRA holds a Tucker-decomposed convolution ({name}), which only ComfyUI can load; sample there"
+            )
+        weight = getattr(modules.get(name), "weight", None)
+        expected = None if weight is None else (weight.shape[1], weight.shape[0])
         if expected != (delta.down.shape[1], delta.up.shape[0]):
             raise IncompatibleModelError(
                 f"the LoRA changes layer {name} of size {delta.down.shape[1]} to {delta.up.shape[0]}, the model "
@@ -56,12 +74,21 @@ def set_lora(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> None:
             )
     ranks = {name: delta.rank for name, delta in deltas.items()}
     config = LoraConfig(r=1, lora_alpha=1, target_modules=list(deltas), rank_pattern=ranks, alpha_pattern=ranks)
-    model.add_adapter(config)
+    model.add_adapter(config, adapter_name=adapter)
     with torch.no_grad():
         for name, module in model.named_modules():
             if delta := deltas.get(name):
-                module.lora_A["default"].weight.copy_(delta.down.flatten(1))
-                module.lora_B["default"].weight.copy_(delta.up.flatten(1) * delta.scale)
+                down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                down.copy_(delta.down.reshape(down.shape))
+                up.copy_(delta.up.reshape(up.shape).to(up.dtype) * (delta.scale * strength))
+                down.requires_grad_(False)
+                up.requires_grad_(False)
+
+
+def _own_name(modules: Mapping[str, nn.Module], published: str) -> str:
+    """A layer's name in the model itself."""
+    short = published.removeprefix(_TEXT_MODEL)
+    return short if published not in modules and short in modules else published
 
 
 @contextmanager
@@ -77,13 +104,31 @@ def lora_off(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def only_adapters(unet: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
+    """Run a diffusers model with these of its adapters alone, for instance one of two LoRAs."""
+    active = unet.active_adapters()
+    if set(active) == set(adapters):
+        yield
+        return
+    unet.set_adapters(list(adapters))
+    try:
+        yield
+    finally:
+        unet.set_adapters(active)
+
+
 def read_lora(model: nn.Module, root: str) -> dict[str, LowRankDelta]:
-    """Copies of the attached LoRA on the CPU, under names that start with ``root`` (``unet``, ``text_encoder``)."""
+    """Copies of the attached LoRA on the CPU, under published names that start with ``root``.
+
+    Args: root: ``unet``, ``text_encoder`` or ``text_encoder_2``.
+    """
     deltas = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             down, up = (_copy(side["default"].weight) for side in (module.lora_A, module.lora_B))
-            deltas[f"{root}.{name}"] = LowRankDelta(down, up, float(module.scaling["default"]))
+            prefix = "" if root == "unet" or name.startswith(_TEXT_MODEL) else _TEXT_MODEL
+            deltas[f"{root}.{prefix}{name}"] = LowRankDelta(down, up, float(module.scaling["default"]))
     return deltas
 
 

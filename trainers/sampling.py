@@ -1,6 +1,8 @@
 """Sampling pictures with a diffusers UNet: previews during training, and the command line."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +11,21 @@ from torch import Tensor, nn
 
 from ..models.dco import rescale_guidance, reward_guidance
 from ..models.schedules import NoiseSchedule
-from .adapters import lora_off
+from .adapters import lora_off, only_adapters
 from .conditioning import Conditioning, predict
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Model input (batch, channels, height, width) and timestep -> guided prediction."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One term of reward guidance: a personalized prompt, and how strongly its difference is followed."""
+
+    conditioning: Conditioning
+    scale: float
+    adapters: tuple[str, ...] = ()
+    """Names of the LoRAs that are on for it; empty leaves all on."""
 
 
 def guided(
@@ -31,21 +43,51 @@ def guided(
     Plain guidance runs every row with the LoRA on, as any LoRA loader does. Reward guidance runs the
     unconditional and base rows with it off.
     """
+    if reward_scale is not None:
+        rewards = [Reward(personalized, reward_scale)]
+        return rewarded(unet, uncond, base, rewards, text_scale=text_scale, rescale=rescale)
 
     def plain(x: Tensor, timestep: Tensor) -> Tensor:
-        both = Conditioning.join(uncond, personalized)
-        without, with_text = predict(unet, torch.cat([x, x]), timestep, both).chunk(2)
-        return without + text_scale * (with_text - without)
-
-    def rewarded(x: Tensor, timestep: Tensor) -> Tensor:
-        with lora_off(unet):
-            both = Conditioning.join(uncond, base)
-            without, with_text = predict(unet, torch.cat([x, x]), timestep, both).chunk(2)
-        learned = predict(unet, x, timestep, personalized)
-        result = reward_guidance(without, with_text, [learned], text_scale=text_scale, reward_scales=[reward_scale])
+        without, with_text = _text_rows(unet, x, timestep, uncond, personalized, text_scale)
+        result = with_text if without is None else without + text_scale * (with_text - without)
         return rescale_guidance(result, with_text, rescale)
 
-    return plain if reward_scale is None else rewarded
+    return plain
+
+
+def rewarded(
+    unet: nn.Module,
+    uncond: Conditioning,
+    base: Conditioning,
+    rewards: Sequence[Reward],
+    *,
+    text_scale: float,
+    rescale: float = 0.0,
+) -> Predict:
+    """Reward guidance with a term for each personalization; a term of scale 0 costs nothing."""
+    rewards = [reward for reward in rewards if reward.scale]
+
+    def predict_rewarded(x: Tensor, timestep: Tensor) -> Tensor:
+        with lora_off(unet):
+            without, with_text = _text_rows(unet, x, timestep, uncond, base, text_scale)
+        learned = []
+        for reward in rewards:
+            with only_adapters(unet, reward.adapters) if reward.adapters else nullcontext():
+                learned.append(predict(unet, x, timestep, reward.conditioning))
+        scales = [reward.scale for reward in rewards]
+        result = reward_guidance(without, with_text, learned, text_scale=text_scale, reward_scales=scales)
+        return rescale_guidance(result, with_text, rescale)
+
+    return predict_rewarded
+
+
+def _text_rows(
+    unet: nn.Module, x: Tensor, timestep: Tensor, uncond: Conditioning, text: Conditioning, text_scale: float
+) -> tuple[Tensor | None, Tensor]:
+    """Predictions without and with text; without text is None at scale 1, where it cancels."""
+    if text_scale == 1:
+        return None, predict(unet, x, timestep, text)
+    return predict(unet, torch.cat([x, x]), timestep, Conditioning.join(uncond, text)).chunk(2)
 
 
 @torch.no_grad()
