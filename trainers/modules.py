@@ -102,7 +102,8 @@ def _vae(config: dict[str, Any]) -> nn.Module:
 def _tiny_vae(config: dict[str, Any]) -> nn.Module:
     from diffusers import AutoencoderTiny
 
-    return AutoencoderTiny.from_config(config)
+    # diffusers saves one attribute too many, and warns of it when it reads it back.
+    return AutoencoderTiny.from_config({key: config[key] for key in config if key != "block_out_channels"})
 
 
 _BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {

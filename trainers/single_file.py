@@ -95,7 +95,7 @@ def _foreign(shapes: Shapes, unet: Shapes) -> str:
     bare = {name.removeprefix(UNET) for name in shapes}
     for name, label in _FOREIGN.items():
         if name in bare:
-            return f"a {label} model"
+            return f"{label} weights"
     if any(".lora_" in name or name.startswith("lora_") for name in shapes):
         return "a LoRA"
     if "input_blocks.0.0.weight" in bare or "down_blocks.0.resnets.0.conv1.weight" in bare:
