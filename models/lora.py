@@ -99,7 +99,11 @@ def _module_name(stem: str, layers_per_block: int) -> str:
     stem = stem.removeprefix("base_model.model.").replace(".processor.", ".")  # peft's own files carry the former
     if not stem.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
         stem = "unet." + stem
-    # Old diffusers files write the output projection without its position in the Sequential.
+    if stem.startswith("text_encoder"):
+        # Old diffusers files call the text encoders' projections as the UNet's.
+        for old, new in (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")):
+            stem = stem.replace(f".self_attn.{old}", f".self_attn.{new}")
+    # They also write the UNet's output projection without its position in the Sequential.
     return stem + ".0" if stem.endswith(".to_out") else stem
 
 
