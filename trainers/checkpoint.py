@@ -1,7 +1,8 @@
 """Training states: everything that decides the rest of a run, in one safetensors file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import ConfigError, FormatError
-from ..models.formats import FORMAT_KEY, read_safetensors, write_safetensors
+from ..models.formats import FORMAT_KEY, read_header, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from .loop import ParameterGroup
@@ -83,19 +84,14 @@ class Checkpoints:
     def load_newest(self) -> int:
         """Restore the newest state; the step it was taken at, or 0 when there is none.
 
-        Raises ConfigError when that state belongs to other settings or pictures.
+        Raises what check_resumable raises.
         """
         paths = newest_states(self._folder)
         if not paths:
             return 0
-        tensors, metadata = read_safetensors(paths[0])
-        if metadata.get(FORMAT_KEY) != STATE_FORMAT:
-            raise FormatError(f"{paths[0].name}: expected a {STATE_FORMAT} file; delete it or train under another name")
-        if metadata["fingerprint"] != self._fingerprint:
-            raise ConfigError(
-                f"the training state {paths[0].name} was made with other settings, pictures or base model; restore "
-                "them, turn resume off, or train under another name"
-            )
+        _check(paths[0], self._fingerprint)
+        with _damage_explained(paths[0]):
+            tensors, metadata = read_safetensors(paths[0])
         values = json.loads(metadata["values"])
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -114,6 +110,42 @@ class Checkpoints:
         for name, other in self._others.items():
             other.load_state_dict(_join(f"other.{name}", tensors, values))
         return values["step"]
+
+
+def check_resumable(folder: Path | None, fingerprint: str) -> bool:
+    """Whether a run has a state to continue from; only the newest one's header is read.
+
+    Raises:
+        ConfigError: the state belongs to other settings, pictures or another base model.
+        FormatError: the state is damaged.
+    """
+    paths = newest_states(folder)
+    if paths:
+        _check(paths[0], fingerprint)
+    return bool(paths)
+
+
+def _check(path: Path, fingerprint: str) -> None:
+    with _damage_explained(path):
+        metadata = read_header(path).metadata
+        if metadata.get(FORMAT_KEY) != STATE_FORMAT:
+            raise FormatError(f"expected a {STATE_FORMAT} file")
+    if metadata.get("fingerprint") != fingerprint:
+        raise ConfigError(
+            f"the training state {path.name} was made with other settings, pictures or base model; restore "
+            "them, turn resume off, or train under another name"
+        )
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(
+            f"the training state {path.name} is damaged ({error}); delete it to continue from an older one, or turn "
+            "resume off"
+        ) from error
 
 
 def newest_states(folder: Path | None) -> list[Path]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ..models.errors import ConfigError
+from ..models.errors import ConfigError, TrainingError
 from .config import Precision, TrainConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +36,15 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, _DTYPES[precision])
+
+
+def out_of_memory(config: TrainConfig, when: str) -> TrainingError:
+    """The error to raise when the device's memory does not suffice: what was running and what to lower."""
+    without = "" if config.gradient_checkpointing else " and no gradient checkpointing"
+    return TrainingError(
+        f"out of memory {when} with batch size {config.batch_size}, {config.precision}{without}; lower the batch "
+        "size, the resolution or the rank, turn on gradient checkpointing, or train in bf16"
+    )
 
 
 def free_memory(device: torch.device) -> None:

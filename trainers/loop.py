@@ -4,7 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models.errors import MissingDependencyError, TrainingError
+from ..models.errors import FormatError, MissingDependencyError, TrainingError
 from .checkpoint import Checkpoints, Stateful
 from .config import TrainConfig
+from .devices import out_of_memory
 from .progress import Progress, SilentProgress
 from .ranks import Ranks
 from .stopping import FixedSteps, StoppingRule
@@ -121,7 +123,7 @@ def train_loop(
     ranks: Ranks | None = None,
     run_folder: Path | None = None,
     fingerprint: str = "",
-    preview: Callable[[int], Image.Image] | None = None,
+    preview: Callable[[int], Image.Image | None] | None = None,
 ) -> TrainResult:
     """Train the groups' parameters in place until the steps are done, the rule says stop, or the user does.
 
@@ -134,11 +136,11 @@ def train_loop(
         after_step: called after every optimizer step, for instance to retract embeddings.
         run_folder: where the log, the previews and the training states go; None keeps nothing.
         fingerprint: identity of settings and data; a state with another one is not resumed.
-        preview: step number -> picture.
+        preview: step number -> picture, or None when the user cancelled meanwhile.
 
     Raises:
         TrainingError: out of memory, or the very first loss is not a number.
-        FormatError: a checkpoint could not be written.
+        FormatError: the log, a preview or a checkpoint could not be written.
     """
     progress, ranks, state = progress or SilentProgress(), ranks or Ranks(), state or {}
     rule = stopping or FixedSteps()
@@ -189,6 +191,7 @@ def train_loop(
                 break
             scaler.step(optimizer)
             scaler.update()
+            rate = schedule.get_last_lr()[0]
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             for tensor in clip_also:
@@ -198,7 +201,6 @@ def train_loop(
             result.steps += 1
             result.losses.append(loss)
             seconds, done = seconds + time.perf_counter() - started, done + 1
-            rate = schedule.get_last_lr()[0]
             log.write(result.steps, loss, rate)
             if best is not None:
                 best.update(result.steps, result.losses)
@@ -206,7 +208,8 @@ def train_loop(
             picture = None
             if preview and config.preview_every and result.steps % config.preview_every == 0 and ranks.is_writer:
                 picture = preview(result.steps)
-                log.save_preview(result.steps, picture)
+                if picture is not None:
+                    log.save_preview(result.steps, picture)
             message = f"loss {loss:.4f} · lr {rate:.1e} · {done / seconds:.2f} steps/s"
             progress.report(result.steps, total, message, picture)
             if config.checkpoint_every and result.steps % config.checkpoint_every == 0 and ranks.is_writer:
@@ -216,11 +219,7 @@ def train_loop(
                 break
     except torch.OutOfMemoryError as error:
         optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(
-            f"out of memory at step {result.steps + 1} with batch size {config.batch_size}, {config.precision}"
-            f"{'' if config.gradient_checkpointing else ' and no gradient checkpointing'}; lower the batch size, the "
-            "resolution or the rank, turn on gradient checkpointing, or train in bf16"
-        ) from error
+        raise out_of_memory(config, f"at step {result.steps + 1}") from error
     finally:
         log.close()
     result.steps_per_second = done / seconds if done else 0.0
@@ -318,6 +317,8 @@ class _Best:
         return {"step": self._step, "score": self._score if self._step else None, **self._copies}
 
     def load_state_dict(self, state: dict) -> None:
+        if not state:  # the run was started without looking for the best weights
+            return
         self._copies = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         self._step, self._score = state["step"], math.inf if state["score"] is None else state["score"]
 
@@ -327,25 +328,41 @@ class _Log:
 
     def __init__(self, folder: Path | None, resumed_at: int) -> None:
         self._folder, self._file = folder, None
-        if folder is not None:
+        if folder is None:
+            return
+        path = folder / "log.jsonl"
+        with _writing(path):
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "log.jsonl"
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_at] if resumed_at else []
             self._file = path.open("w", encoding="utf-8")
             self._file.writelines(kept)
 
     def write(self, step: int, loss: float, rate: float) -> None:
         if self._file:
-            self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate}) + "\n")
-            self._file.flush()
+            with _writing(Path(self._file.name)):
+                self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate}) + "\n")
+                self._file.flush()
 
     def save_preview(self, step: int, picture: Image.Image) -> None:
         if self._folder:
-            picture.save(self._folder / f"preview-{step:06d}.jpg", quality=92)
+            path = self._folder / f"preview-{step:06d}.jpg"
+            with _writing(path):
+                picture.save(path, quality=92)
 
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(
+            f"{path.name} could not be written in {path.parent} ({error.strerror or error}); "
+            "free space or choose a writable folder"
+        ) from error
 
 
 def _lines(path: Path) -> list[str]:

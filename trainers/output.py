@@ -30,7 +30,7 @@ class OutputPlace:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        safe_name(self.name)
+        object.__setattr__(self, "name", safe_name(self.name))
 
     @property
     def lora_path(self) -> Path:
@@ -41,15 +41,28 @@ class OutputPlace:
         suffix = "" if len(tokens) == 1 else f"_{plain_name(token.trigger)}"
         return self.embedding_folder / f"{self.name}{suffix}.safetensors"
 
-    def check_free(self, tokens: Sequence[LearnedToken]) -> None:
-        """Raise ConfigError when a file would be overwritten without permission; called before anything is loaded."""
-        if self.overwrite:
+    def check(self, tokens: Sequence[LearnedToken], *, may_exist: bool = False) -> None:
+        """Raise ConfigError when files would overwrite each other or, without permission, older ones.
+
+        Called before anything is loaded. ``may_exist`` gives the permission to a run that continues its own files.
+        """
+        paths = {self.lora_path: "LoRA"}
+        for token in tokens:
+            path = self.embedding_path(token, tokens)
+            safe_name(path.stem)
+            # Folders of many systems ignore case.
+            taken = {other.name.lower(): owner for other, owner in paths.items() if other.parent == path.parent}
+            if owner := taken.get(path.name.lower()):
+                raise ConfigError(
+                    f"token {token.trigger} would be saved as {path.name}, like the {owner}; rename the token"
+                )
+            paths[path] = f"token {token.trigger}"
+        if self.overwrite or may_exist:
             return
-        for path in (self.lora_path, *(self.embedding_path(token, tokens) for token in tokens)):
+        for path in paths:
             if path.exists():
                 raise ConfigError(
-                    f"{path.name} exists already in {path.parent.name}; choose another output name, or turn on "
-                    "overwrite or resume"
+                    f"{path.name} exists already in {path.parent.name}; choose another output name or turn on overwrite"
                 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..models.errors import ConfigError
+from ..models.formats import safe_name
 from ..models.tokens import LearnedToken
 from .dataset import Dataset
 from .output import OutputPlace
@@ -76,9 +77,9 @@ class OutputSettings:
     """Replace files of the same name."""
 
     def place(self) -> OutputPlace:
-        folder = self.folder
+        folder, name = self.folder, safe_name(self.name)
         return OutputPlace(
-            self.name, folder / "loras", folder / "embeddings", folder / "runs" / self.name, overwrite=self.overwrite
+            name, folder / "loras", folder / "embeddings", folder / "runs" / name, overwrite=self.overwrite
         )
 
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ..conditioning import Conditioning
+from ..devices import autocast
 from ..progress import Progress
 from ..sampling import euler, guided, sample, to_pictures
 from ..vae import PIXELS_PER_LATENT, Autoencoder
@@ -40,14 +41,16 @@ class Previews:
     @torch.no_grad()
     def make(self, step: int) -> Image.Image | None:
         """A picture with the weights as they are now; None when the user cancels meanwhile."""
-        uncond, personalized = self._conditioning()
+        with autocast(self._config.precision, self._device):
+            uncond, personalized = self._conditioning()
         cells = self._side // PIXELS_PER_LATENT
         generator = torch.Generator().manual_seed(self._config.seed)
         noise = torch.randn(1, LATENT_CHANNELS, cells, cells, generator=generator).to(self._device)
         predict = guided(self._unet, uncond, uncond, personalized, text_scale=self._config.preview_guidance)
-        for latents in sample(euler(self._schedule), predict, noise, self._config.preview_steps):  # noqa: B007
-            if self._progress.cancelled():
-                return None
+        with autocast(self._config.precision, self._device):
+            for latents in sample(euler(self._schedule), predict, noise, self._config.preview_steps):  # noqa: B007
+                if self._progress.cancelled():
+                    return None
         self._vae.to(self._device)
         try:
             self.last = to_pictures(self._vae.decode(latents))[0]

@@ -66,6 +66,7 @@ class TextSide:
                 lora = add_lora(encoder, config.rank, TEXT_ATTENTION, generator)
                 if config.gradient_checkpointing:
                     encoder.gradient_checkpointing_enable({"use_reentrant": False})
+                    encoder.train()  # transformers checkpoints only then; CLIP has no dropout
                 self.groups.append(ParameterGroup(root, lora, config.text_learning_rate, decay))
                 self._adapted[root] = encoder
         if not trained:

@@ -13,10 +13,10 @@ from ..adapters import ATTENTION, add_lora, read_lora
 from ..base import TrainingBase, open_base
 from ..batches import LatentBatches
 from ..cache import LatentCache
-from ..checkpoint import GeneratorState
+from ..checkpoint import GeneratorState, check_resumable
 from ..config import build
 from ..dataset import Dataset
-from ..devices import autocast, dtype_of, free_memory, resolve
+from ..devices import autocast, dtype_of, free_memory, out_of_memory, resolve
 from ..loop import ParameterGroup, TrainResult, train_loop
 from ..order import BatchOrder
 from ..output import OutputPlace, save_personalization
@@ -66,15 +66,18 @@ def train(
         PersonalizeError: any of its kinds, before a model is loaded where the cause can be known by then.
     """
     progress, ranks = progress or SilentProgress(), ranks or Ranks()
+    if not ranks.is_writer:
+        progress = FollowerProgress(progress)
     config = resolve(config, device)
     rule = "" if stopping is None else str(stopping.as_dict())
     fingerprint = config.resume_fingerprint(base.fingerprint, dataset.fingerprint, rule, str(ranks.count))
     dtype = dtype_of(config.precision, device)
-    if not config.resume:
-        place.check_free(dataset.tokens)
+    resumed = config.resume and check_resumable(place.run_folder, fingerprint)
+    place.check(dataset.tokens, may_exist=resumed)
     side = config.resolution or base.family.resolution
     preview_prompt = config.preview_prompt or dataset.examples[0].caption
     generator = torch.Generator().manual_seed(config.seed)
+    cancelled = False
     try:
         vae = base.load_vae(dtype, device)
         cuts = {
@@ -95,9 +98,13 @@ def train(
         text = TextSide(config, base, dataset, prompts=(preview_prompt,), device=device, generator=generator)
         if progress.cancelled():
             raise Cancelled
+        unet = base.load_unet(dtype, device).requires_grad_(False)
     except Cancelled:
+        cancelled = True
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(config, "while loading the model and encoding pictures and captions") from error
+    if ranks.any(cancelled):  # in all processes or in none, or the others would wait for this one for ever
         return DCOResult(TrainResult(stopped_by="cancelled"))
-    unet = base.load_unet(dtype, device).requires_grad_(False)
     unet_lora = add_lora(unet, config.rank, ATTENTION, generator)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -145,7 +152,7 @@ def train(
         clip_also=text.clip_also,
         after_step=text.retract,
         stopping=stopping,
-        progress=progress if ranks.is_writer else FollowerProgress(progress),
+        progress=progress,
         ranks=ranks,
         run_folder=place.run_folder,
         fingerprint=fingerprint,
@@ -161,7 +168,7 @@ def train(
             family=base.family,
             method="dco",
             config=config,
-            overwrite=place.overwrite or config.resume,
+            overwrite=place.overwrite or resumed,
             extra=metadata,
         )
     return DCOResult(result, tuple(files), previews.last)
