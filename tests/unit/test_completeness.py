@@ -30,9 +30,7 @@ def missing_parts(method: str) -> list[str]:
         f"models/{method}/__init__.py",
         f"trainers/{method}/__init__.py",
         f"trainers/{method}/config.py",
-        f"trainers/{method}/attach.py",
         f"trainers/{method}/train.py",
-        f"trainers/{method}/example.toml",
         f"nodes/{method}.py",
         f"workflows/{method}_*.json",
         f"workflows/api/{method}_*.json",
@@ -60,13 +58,15 @@ def test_a_method_has_all_its_parts(method):
 
 
 def test_a_method_that_is_only_a_name_lacks_everything():
-    assert len(missing_parts("unheard_of")) == 12
+    assert len(missing_parts("unheard_of")) == 10
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_example_is_a_valid_configuration_and_opens_with_its_command(method):
-    text = (ROOT / f"trainers/{method}/example.toml").read_text()
-    assert text.startswith("# ") and "comfyui_personalize.trainers" in text.splitlines()[0]
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_recipe_has_an_example_that_opens_with_its_command(recipe):
+    folder, module = RECIPES[recipe].split(".")
+    name = "example.toml" if module == "train" else f"{module}.example.toml"
+    text = (ROOT / "trainers" / folder / name).read_text()
+    assert text.startswith("# ") and f" -m comfyui_personalize.trainers {recipe} --config " in text.splitlines()[0]
     assert tomllib.loads(text)
 
 
