@@ -45,7 +45,7 @@ def add_lora(
 def set_lora(
     model: nn.Module, deltas: Mapping[str, LowRankDelta], *, adapter: str = "default", strength: float = 1.0
 ) -> None:
-    """Attach a finished LoRA, frozen and switched on; a further one needs another ``adapter`` name.
+    """Attach a finished LoRA, frozen like the rest and switched on; a further one needs another ``adapter`` name.
 
     Args:
         deltas: by module name, as published files spell them.
@@ -81,8 +81,9 @@ def set_lora(
                 down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                 down.copy_(delta.down.reshape(down.shape))
                 up.copy_(delta.up.reshape(up.shape).to(up.dtype) * (delta.scale * strength))
-                down.requires_grad_(False)
-                up.requires_grad_(False)
+    model.set_adapter(list(model.peft_config))  # peft leaves only the newest one on
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
 
 
 def _own_name(modules: Mapping[str, nn.Module], published: str) -> str:
@@ -96,26 +97,32 @@ def lora_off(*models: nn.Module) -> Iterator[None]:
     """Run the models without their adapters; the weights underneath are never touched.
 
     Must not be open during a backward pass: gradient checkpointing would recompute without the adapters.
+    Models that have none are left as they are.
     """
     with ExitStack() as stack:
         for model in models:
-            model.disable_adapters()
-            stack.callback(model.enable_adapters)
+            if hasattr(model, "peft_config"):
+                model.disable_adapters()
+                stack.callback(model.enable_adapters)
         yield
 
 
 @contextmanager
-def only_adapters(unet: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
-    """Run a diffusers model with these of its adapters alone, for instance one of two LoRAs."""
-    active = unet.active_adapters()
-    if set(active) == set(adapters):
+def only_adapters(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
+    """Run a model with these of its adapters alone, for instance one of two LoRAs; names it lacks do not count."""
+    attached = list(getattr(model, "peft_config", {}))
+    wanted = [name for name in attached if name in adapters]
+    if not wanted:
+        with lora_off(model):
+            yield
+    elif wanted == attached:
         yield
-        return
-    unet.set_adapters(list(adapters))
-    try:
-        yield
-    finally:
-        unet.set_adapters(active)
+    else:
+        model.set_adapter(wanted)
+        try:
+            yield
+        finally:
+            model.set_adapter(attached)
 
 
 def read_lora(model: nn.Module, root: str) -> dict[str, LowRankDelta]:

@@ -1,0 +1,154 @@
+"""A finished personalization read back from its files: a LoRA with the learned tokens that belong to it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models.errors import ConfigError, FormatError, IncompatibleModelError
+from ..models.families import FAMILIES, Family
+from ..models.formats import read_header, read_weights, stored_tokens
+from ..models.learned_embeddings import (
+    ANY,
+    BUNDLE,
+    LearnedEmbedding,
+    embeddings_from_tensors,
+    read_learned_embeddings,
+)
+from ..models.lora import LowRankDelta, parse_lora
+from ..models.tokens import LearnedToken
+
+_AUTHORS_LORA, _AUTHORS_TOKENS = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalizationSettings:
+    """Which LoRA and learned tokens to use."""
+
+    path: Path
+    """LoRA file, or the folder that the DCO authors' trainer wrote."""
+    strength: float = 1.0
+    """Factor on the LoRA's change of the UNet."""
+    text_strength: float = 1.0
+    """Factor on its change of the text encoders, where it has one."""
+    embeddings: tuple[Path, ...] = ()
+    """Files with its learned tokens; empty takes those that are in the LoRA file or, in the authors' folder, beside
+    it."""
+    tokens: tuple[LearnedToken, ...] = ()
+    """Triggers and initializers in the order of training, for files that name none; they also rename tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "text_strength"):
+            if not abs(getattr(self, name)) <= 100:
+                raise ConfigError(f"{name} of {self.path.name} must be between -100 and 100, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Personalization:
+    """A LoRA and its learned tokens, on the CPU."""
+
+    name: str
+    deltas: Mapping[str, LowRankDelta]
+    """By published module name, starting with ``unet.``, ``text_encoder.`` or ``text_encoder_2.``."""
+    tokens: tuple[LearnedToken, ...]
+    embeddings: tuple[LearnedEmbedding, ...]
+    """As ``tokens``."""
+    settings: PersonalizationSettings
+
+    def token_rows(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
+        """All tokens' rows by encoder key, (sum of rows, dim) each.
+
+        Args: widths: embedding width of each text encoder by its key.
+
+        Raises:
+            IncompatibleModelError: an encoder has no rows, or rows of another width.
+        """
+        parts = [_fitted(embedding, widths, self.name) for embedding in self.embeddings]
+        return {key: torch.cat([part[key] for part in parts]) for key in widths}
+
+
+def open_personalization(settings: PersonalizationSettings, family: Family) -> Personalization:
+    """Read a LoRA and its tokens.
+
+    Raises:
+        FormatError: a file is absent, damaged or no plain LoRA.
+        IncompatibleModelError: the file says that it was trained on another family.
+        ConfigError: the given tokens do not suit the rows.
+    """
+    path = settings.path / _AUTHORS_LORA if settings.path.is_dir() else settings.path
+    if not path.is_file():
+        raise FormatError(f"{path}: no such LoRA file; check the path")
+    tensors, metadata = read_weights(path)
+    trained_on = metadata.get("personalize.family", family.name)
+    if trained_on != family.name:
+        label = FAMILIES[trained_on].label if trained_on in FAMILIES else trained_on
+        raise IncompatibleModelError(
+            f"{path.name} was trained on {label}, the base model is {family.label}; "
+            "choose the base model it was trained on"
+        )
+    embeddings, initializers = _tokens(path, tensors, metadata, settings)
+    tokens = tuple(
+        LearnedToken(found.trigger, initializers.get(found.trigger, ""), len(next(iter(found.rows.values()))))
+        for found in embeddings
+    )
+    deltas = parse_lora(tensors)
+    if not deltas and not tokens:
+        raise FormatError(f"{path.name}: holds neither a LoRA nor learned tokens; choose another file")
+    return Personalization(path.name, deltas, tokens, tuple(embeddings), settings)
+
+
+def _tokens(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: PersonalizationSettings
+) -> tuple[list[LearnedEmbedding], dict[str, str]]:
+    """The learned tokens, and the initializer of each trigger where one is known."""
+    triggers = [token.trigger for token in settings.tokens]
+    declared = list(stored_tokens(metadata))
+    files: Sequence[Path] = settings.embeddings
+    if not files and path.name == _AUTHORS_LORA and (path.parent / _AUTHORS_TOKENS).is_file():
+        files = [path.parent / _AUTHORS_TOKENS]
+    if len(files) == 1:
+        embeddings = read_learned_embeddings(files[0], triggers)
+    elif files:
+        embeddings = [embedding for file in files for embedding in read_learned_embeddings(file)]
+        if triggers:
+            embeddings = _renamed(embeddings, triggers)
+    elif any(key.startswith(BUNDLE) for key in tensors):
+        embeddings = embeddings_from_tensors(path, tensors, metadata, triggers)
+    elif triggers:
+        raise ConfigError(
+            f"{path.name} carries no learned tokens, but {', '.join(triggers)} were given; "
+            "name the files that hold them in embeddings"
+        )
+    else:
+        embeddings = []
+    for file in files:
+        if file.suffix.lower() in {".safetensors", ".sft"}:
+            declared += stored_tokens(read_header(file).metadata)
+    return embeddings, {token.trigger: token.initializer for token in (*declared, *settings.tokens)}
+
+
+def _renamed(embeddings: list[LearnedEmbedding], triggers: Sequence[str]) -> list[LearnedEmbedding]:
+    if len(embeddings) != len(triggers):
+        raise ConfigError(
+            f"the embedding files hold {len(embeddings)} tokens, but {len(triggers)} were named; name each, or none"
+        )
+    return [LearnedEmbedding(trigger, found.rows) for trigger, found in zip(triggers, embeddings)]
+
+
+def _fitted(embedding: LearnedEmbedding, widths: Mapping[str, int], name: str) -> dict[str, Tensor]:
+    rows = embedding.rows
+    if set(rows) == {ANY}:  # a file that does not name its encoder fits those of its width
+        rows = {key: rows[ANY] for key, width in widths.items() if rows[ANY].shape[1] == width}
+    found = {key: tensor.shape[1] for key, tensor in rows.items()}
+    if any(found.get(key) != width for key, width in widths.items()):
+        raise IncompatibleModelError(
+            f"{name}: token {embedding.trigger} has rows for {_listed(found)}, the base model's text encoders are "
+            f"{_listed(widths)}; choose the base model it was trained on"
+        )
+    return {key: rows[key] for key in widths}
+
+
+def _listed(widths: Mapping[str, int]) -> str:
+    return " and ".join(f"{key} of width {width}" for key, width in widths.items()) or "no encoder of a fitting width"
