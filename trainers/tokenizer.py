@@ -27,13 +27,16 @@ def load_tokenizer(folder: Path | None = None):
     """
     if folder is None:
         return _from_merges(_find_merges())
-    if not any((folder / name).is_file() for name in ("merges.txt", "tokenizer.json")):
+    word_lists = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if not word_lists and not (folder / "tokenizer.json").is_file():
         raise FormatError(f"{folder}: holds no CLIP tokenizer; expected vocab.json and merges.txt")
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, CLIPTokenizerFast
 
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        # In transformers 4 each class reads one kind of file only; in 5 they are the same class.
+        return (CLIPTokenizer if word_lists else CLIPTokenizerFast).from_pretrained(folder, local_files_only=True)
+    # Damage arrives as ImportError from transformers 4 without protobuf, and as a bare Exception from tokenizers.
+    except Exception as error:
         raise FormatError(f"{folder}: its tokenizer could not be read ({error}); download it again") from error
 
 

@@ -70,7 +70,21 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_damaged_tokenizer_is_refused(built, tmp_path):
+def test_single_json_file_is_enough(built, tmp_path):
+    """What transformers 5 saves."""
+    from transformers import CLIPTokenizerFast
+
+    built.save_pretrained(tmp_path / "any")
+    CLIPTokenizerFast.from_pretrained(tmp_path / "any").save_pretrained(tmp_path / "one")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "one" / name).unlink(missing_ok=True)
+    again = load_tokenizer(tmp_path / "one")
+    for prompt in PROMPTS[:4]:
+        assert again(prompt)["input_ids"] == built(prompt)["input_ids"]
+
+
+def test_damaged_tokenizer_is_refused(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(FormatError):
+    (tmp_path / "vocab.json").write_text('{"a": 1,')
+    with pytest.raises(FormatError, match="its tokenizer could not be read"):
         load_tokenizer(tmp_path)
