@@ -15,21 +15,16 @@ def min_snr(schedule: NoiseSchedule, timesteps: torch.Tensor, gamma: float | Non
 
 
 class Replayed(torch.nn.Module):
-    """A UNet that answers what was recorded, with and without its adapters."""
+    """A UNet that answers what was recorded: the model's prediction, and the reference's where no gradient is kept."""
 
     def __init__(self, prediction: torch.Tensor, reference: torch.Tensor | None):
         super().__init__()
-        self.answers = {True: prediction, False: reference}
-        self.adapted = True
-
-    def disable_adapters(self):
-        self.adapted = False
-
-    def enable_adapters(self):
-        self.adapted = True
+        self.prediction, self.reference = prediction, reference
 
     def forward(self, noisy, *_, **__):
-        return (self.answers[self.adapted],)
+        answer = self.prediction if torch.is_grad_enabled() else self.reference
+        assert answer.shape == noisy.shape
+        return (answer,)
 
 
 def recorded_step(case, schedule, prediction, reference, *, class_rows: int = 0, snr_gamma: float | None = None):
