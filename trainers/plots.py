@@ -21,7 +21,7 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def loss_curve(losses: Sequence[float], *, title: str = "Loss", width: int = 768, height: int = 432) -> Image.Image:
-    """Loss per optimizer step, pale, and its running mean over a twentieth of the run, dark.
+    """Loss per optimizer step, pale, and its running mean over a twentieth of the run (at least 5 steps), dark.
 
     Values are clipped to the range between the 1st and 99th percentile, so that one outlier does not
     flatten the curve; constant and empty histories are drawn too.
@@ -36,7 +36,8 @@ def loss_curve(losses: Sequence[float], *, title: str = "Loss", width: int = 768
         return image
     low, high = finite[len(finite) // 100], finite[-1 - len(finite) // 100]
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
-    low, high = low - margin, high + margin
+    # A loss that cannot be negative should not be drawn on an axis that goes below zero.
+    low, high = low - margin if low < 0 else max(low - margin, 0.0), high + margin
     right, bottom = width - _RIGHT, height - _BOTTOM
 
     def point(step: int, value: float) -> tuple[float, float]:
@@ -54,7 +55,7 @@ def loss_curve(losses: Sequence[float], *, title: str = "Loss", width: int = 768
     draw.text(((_LEFT + right) / 2, height - 8), "optimizer step", fill=_INK, font=small, anchor="ms")
     for values, colour, thickness in (
         (losses, _RAW, 1),
-        (smoothed(losses, max(len(losses) // 20, 1)), _SMOOTH, 3),
+        (smoothed(losses, max(len(losses) // 20, min(5, len(losses)))), _SMOOTH, 3),
     ):
         points = [point(step, value) for step, value in enumerate(values)]
         if len(points) == 1:
