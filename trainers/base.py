@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..models.errors import ConfigError, FormatError, IncompatibleModelError
+from ..models.errors import ConfigError, FormatError
 from ..models.families import Family
 from ..models.schedules import NoiseSchedule, PredictionType
 from . import folder as diffusers_folder
@@ -168,6 +168,3 @@ def _download(name: str) -> Path:
             f"{name}: neither a path nor a model that could be downloaded ({reason[:160]}); "
             "check the name and the connection, or give a local file"
         ) from error
-
-
-__all__ = ["Autoencoder", "IncompatibleModelError", "TrainingBase", "open_base"]
