@@ -76,6 +76,9 @@ def widgets(config: type[TrainConfig], *names: str, **defaults: Any) -> list[io.
             low, high, step = _BOUNDS[name]
             number = io.Int if kind is int else io.Float
             extra = {} if kind is int else {"round": False}
+            if name == "seed":
+                # The page would draw a new seed after every run, and so train again each time.
+                extra = {"control_after_generate": False}
             made.append(number.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip, **extra))
     return made
 

@@ -122,6 +122,25 @@ class PersonalizationDataset(io.ComfyNode):
             "folder inside ComfyUI's input folder, or from an IMAGE batch or list.",
             is_input_list=True,
             inputs=[
+                io.String.Input(
+                    "token",
+                    default="<dog>",
+                    tooltip="The new word to learn, in angle brackets; several separated by commas. Empty learns no "
+                    "word, as for a style.",
+                ),
+                io.String.Input(
+                    "initializer",
+                    default="dog",
+                    tooltip="The ordinary word that the token starts from, one per token, separated by commas.",
+                ),
+                io.Int.Input(
+                    "rows_per_token",
+                    default=1,
+                    min=1,
+                    max=32,
+                    tooltip="Embedding vectors per token. The DCO authors use 1; more hold more detail and use up "
+                    "more of the prompt's 75 places.",
+                ),
                 io.Combo.Input(
                     "folder",
                     options=[NO_FOLDER, *_folders()],
@@ -142,25 +161,6 @@ class PersonalizationDataset(io.ComfyNode):
                     multiline=True,
                     tooltip="The same in ordinary words, one line per picture. Empty replaces each token by its "
                     "initializer word.",
-                ),
-                io.String.Input(
-                    "token",
-                    default="<dog>",
-                    tooltip="The new word to learn, in angle brackets; several separated by commas. Empty learns no "
-                    "word, as for a style.",
-                ),
-                io.String.Input(
-                    "initializer",
-                    default="dog",
-                    tooltip="The ordinary word that the token starts from, one per token, separated by commas.",
-                ),
-                io.Int.Input(
-                    "rows_per_token",
-                    default=1,
-                    min=1,
-                    max=32,
-                    tooltip="Embedding vectors per token. The DCO authors use 1; more hold more detail and use up "
-                    "more of the prompt's 75 places.",
                 ),
                 io.Combo.Input(
                     "class_folder",
@@ -197,12 +197,12 @@ class PersonalizationDataset(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        folder,
-        captions,
-        base_captions,
         token,
         initializer,
         rows_per_token,
+        folder,
+        captions,
+        base_captions,
         class_folder,
         class_caption,
         pictures=None,
