@@ -120,8 +120,8 @@ def guide(guider, *, steps=3, sampler="euler", seed=1, start=None, sigmas=None):
     start = start or {"samples": torch.zeros(1, 4, 8, 8)}
     noise = comfy.sample.prepare_noise(start["samples"], seed)
     if sigmas is None:
-        sampling = guider.model_patcher.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+        model = guider.model_patcher
+        sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler, "normal").sigmas
     return guider.sample(
         noise, start["samples"], comfy.samplers.sampler_object(sampler), sigmas,
         denoise_mask=start.get("noise_mask"), disable_pbar=True, seed=seed,
