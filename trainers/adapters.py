@@ -1,5 +1,6 @@
 """LoRA on diffusers UNets and transformers text encoders, through peft: attach, switch off, read back."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -74,7 +75,9 @@ def set_lora(
             )
     ranks = {name: delta.rank for name, delta in deltas.items()}
     config = LoraConfig(r=1, lora_alpha=1, target_modules=list(deltas), rank_pattern=ranks, alpha_pattern=ranks)
-    model.add_adapter(config, adapter_name=adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # two LoRAs are meant
+        model.add_adapter(config, adapter_name=adapter)
     with torch.no_grad():
         for name, module in model.named_modules():
             if delta := deltas.get(name):

@@ -17,7 +17,7 @@ from ..base import TrainingBase, open_base
 from ..captions import clean, tokens_in
 from ..conditioning import Conditioning
 from ..config import build
-from ..devices import autocast, dtype_of, free_memory
+from ..devices import autocast, dtype_of, free_memory, resolve
 from ..personalization import Personalization, open_personalization
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
@@ -56,6 +56,7 @@ def sample_pictures(
     """
     progress = progress or SilentProgress()
     base_prompt = base_prompt_of(config, [token for item in personalizations for token in item.tokens])
+    config = resolve(config, device)
     dtype = dtype_of(config.precision, device)
     width, height = config.width or base.family.resolution, config.height or base.family.resolution
     own_term = style is not None and style.reward_scale != PLAIN and config.reward_scale != PLAIN

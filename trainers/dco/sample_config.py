@@ -55,8 +55,8 @@ class SampleConfig:
     """In pixels, a multiple of 8; 0 takes the base model's own."""
     height: int = 0
     """The same."""
-    precision: Precision = "fp32"
-    """Type of the weights and of the forward pass; bf16 or fp16 for a GPU."""
+    precision: Precision = "auto"
+    """Type of the weights and of the forward pass; ``auto`` takes fp32 on a CPU and 16 bits on a GPU."""
 
     def __post_init__(self) -> None:
         for field, kind in get_type_hints(type(self)).items():
