@@ -1,0 +1,193 @@
+"""Measure, and write RESULTS.md: python tests/benchmarks/run.py [--quick] [--device cuda --full-size].
+
+Ratios are taken side by side in one run; absolute times only say how large the work was.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent
+sys.path.insert(0, str(HERE))
+
+
+def helper(path: str):
+    """A helper module of the tests, by its path below tests/."""
+    name = "personalize_tests_" + path.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, TESTS / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def write_checkpoint(folder: Path, full: bool) -> Path:
+    """A tiny SDXL-like checkpoint with random weights, or one of SDXL's true size that is all zeros."""
+    path = folder / "base.safetensors"
+    tiny = helper("tiny/checkpoints.py")
+    if not full:
+        return tiny.write_tiny_checkpoint("sdxl", path)
+    import pytest
+
+    sizes = helper("tiny/full_size.py")
+    with pytest.MonkeyPatch.context() as patch:
+        sizes.write_hollow(path, sizes.published_shapes(tiny, patch, "sdxl"))
+    return path
+
+
+def dco_step(checkpoint: Path, device: torch.device, side: int, rounds: int, full: bool) -> list[str]:
+    """Table rows: our DCO step against the authors' order of work, with learned tokens and without."""
+    import dco_step as job
+    from pairs import time_pairs
+
+    from comfyui_personalize.trainers.base import open_base
+
+    lines = []
+    for tokens, label in ((True, "subject, one learned token"), (False, "style, no token")):
+        base, config = open_base(checkpoint), job.settings(side, device, full)
+        ours = job.Ours(base, job.dataset(side, tokens), config, device)
+        theirs = job.Authors(base, job.dataset(side, tokens), config, device)
+        for one in (ours, theirs):
+            one.step()
+            one.counter.counts = dict.fromkeys(one.counter.counts, 0)
+            one.step()
+        counts = [one.counter.counts.copy() for one in (ours, theirs)]
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        pair = time_pairs(ours.step, theirs.step, rounds, synchronize=synchronize)
+        del ours, theirs, one
+        memory = {}
+        for which in ("ours", "authors"):
+            words = [which, checkpoint, side, device.type, int(tokens), int(full)]
+            command = [sys.executable, HERE / "memory.py", *words]
+            output = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
+            memory[which] = json.loads(output.splitlines()[-1])["peak_mib"]
+        work = [f"{c['unet_rows']} rows, {c['text_passes']} text passes, {c['vae_pictures']} VAE" for c in counts]
+        lines.append(
+            f"| {label} | {work[0]} | {work[1]} | {pair.ours * 1e3:.0f} ms | {pair.theirs * 1e3:.0f} ms | "
+            f"**{pair.ratio:.2f}** ({pair.spread[0]:.2f}–{pair.spread[1]:.2f}) | {memory['ours']:.0f} MiB | "
+            f"{memory['authors']:.0f} MiB | **{memory['ours'] / memory['authors']:.2f}** |"
+        )
+    return lines
+
+
+def guidance(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) -> list[str]:
+    """Table rows: a guided step in one UNet call against two."""
+    import guidance_step
+
+    from comfyui_personalize.models.families import SDXL
+    from comfyui_personalize.models.formats import describe, write_safetensors
+    from comfyui_personalize.models.lora import LowRankDelta, kohya_tensors
+    from comfyui_personalize.trainers.adapters import ATTENTION
+    from comfyui_personalize.trainers.base import open_base
+
+    unet = open_base(checkpoint).load_unet()
+    deltas = {
+        f"unet.{name}": LowRankDelta(torch.randn(4, m.weight.shape[1]) / 8, torch.randn(m.weight.shape[0], 4) / 8)
+        for name, m in unet.named_modules()
+        if name.endswith(ATTENTION)
+    }
+    comfy = helper("host/in_process.py").import_host(host, base)
+    helper("host/tinymodels/__init__.py")
+    from comfyui_personalize import nodes as extension
+
+    metadata = describe("lora/1", family=SDXL.name, method="dco", title="benchmark")
+    folder = Path(comfy.folder_paths.get_folder_paths("loras")[0])
+    write_safetensors(folder / "benchmark.safetensors", kohya_tensors(deltas, "sdxl"), metadata)
+    with torch.inference_mode():
+        found = guidance_step.measure(comfy, extension, checkpoint, "benchmark.safetensors", side, rounds)
+    pair = found["pair"]
+    return [
+        f"| {found['ours_rows']} | {found['authors_rows']} | {pair.ours * 1e3:.1f} ms | {pair.theirs * 1e3:.1f} ms | "
+        f"**{pair.ratio:.2f}** ({pair.spread[0]:.2f}–{pair.spread[1]:.2f}) | {found['largest_difference']:.1e} |"
+    ]
+
+
+def import_time(host: Path, base: Path, starts: int) -> str:
+    """The host's own "Import times" line for the extension, over several starts."""
+    server, seconds = helper("host/server.py"), []
+    for number in range(starts):
+        with server.Server(host, base / f"start{number}") as running:
+            line = re.search(r"([\d.]+) seconds: \S*comfyui-personalize\b", running.log())
+            seconds.append(float(line.group(1)))
+    return ", ".join(f"{value:.1f} s" for value in seconds)
+
+
+def machine(device: torch.device) -> str:
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    )
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--full-size", action="store_true", help="SDXL's true size, 1024 x 1024; needs a GPU")
+    parser.add_argument("--quick", action="store_true", help="few rounds, nothing written: only shows that it runs")
+    arguments = parser.parse_args()
+    helper("host/boot.py").declare_missing_torchvision_operators()
+    device, full = torch.device(arguments.device), arguments.full_size
+    rounds, side = 3 if arguments.quick else 40, 1024 if full else 64
+    host = helper("tiny/find_host.py").find_comfyui()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = write_checkpoint(folder, full)
+        size = (
+            "SDXL at its true size, 1024 × 1024, bf16, gradient checkpointing"
+            if full
+            else "tiny SDXL-like model, 64 × 64"
+        )
+        page = [
+            f"## {size}",
+            "",
+            f"{date.today().isoformat()}, {machine(device)}. Ratios are medians over {rounds} pairs of runs in turn, "
+            "in one process; in brackets their range without the outer tenths.",
+            "",
+            "### DCO training step, batch 1",
+            "",
+            "| job | work per step, ours | work per step, authors' | ours | authors' | speed ratio "
+            "| peak memory, ours | authors' | memory ratio |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            *dco_step(checkpoint, device, side, rounds, full),
+        ]
+        if host is not None and not full:
+            page += [
+                "",
+                "### Reward guidance, one denoising step, batch 1",
+                "",
+                "| rows per UNet call, ours | authors' | ours | authors' | speed ratio | largest difference |",
+                "| --- | --- | --- | --- | --- | --- |",
+                *guidance(checkpoint, host, folder / "in-process", side * 2, rounds * 2),
+                "",
+                "### Starting ComfyUI",
+                "",
+                "The host's own *Import times* line for the extension, one value per start: "
+                f"{import_time(host, folder, 1 if arguments.quick else 3)}.",
+            ]
+    text = "\n".join(page) + "\n"
+    print(text)
+    if not arguments.quick:
+        keep_section(HERE / "RESULTS.md", text)
+
+
+def keep_section(path: Path, section: str) -> None:
+    """Replace the page's section of the same heading, or add it."""
+    heading = section.splitlines()[0]
+    sections = re.split(r"(?m)^(?=## )", path.read_text(encoding="utf-8"))
+    kept = [part.rstrip() + "\n" for part in sections if not part.startswith(heading)]
+    path.write_text("\n".join([*kept, section]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
