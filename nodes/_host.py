@@ -1,6 +1,8 @@
 """All that we ask of ComfyUI besides node schemas: folders, memory, inference mode, progress, picture layout."""
 
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models.errors import FormatError
+from ..models.errors import FormatError, PersonalizeError
 
 PREVIEW_SIDE = 512
 """Longest side in pixels of the pictures shown while a node works."""
@@ -51,6 +53,19 @@ def file_version(*paths: Path | None) -> str:
             status = path.stat()
             parts.append(f"{path}:{status.st_mtime_ns}:{status.st_size}")
     return "|".join(parts)
+
+
+@contextmanager
+def short_paths() -> Iterator[None]:
+    """Name files in our error messages relative to the host's folders: whoever posts workflows sees the messages."""
+    try:
+        yield
+    except PersonalizeError as error:
+        message = str(error)
+        roots = (folder_paths.get_input_directory(), folder_paths.get_output_directory(), folder_paths.models_dir)
+        for folder in roots:
+            message = message.replace(f"{folder}{os.sep}", "")
+        raise type(error)(message) from error
 
 
 def tokenizer_folder() -> Path:
@@ -98,6 +113,7 @@ class HostProgress:
     def __init__(self, node_id: str | None, total: int = 1):
         self._node_id = node_id
         self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self._total = total
         self._cancelled = False
 
     def report(self, step: int, total: int, message: str = "", preview: Image.Image | None = None) -> None:
@@ -105,6 +121,10 @@ class HostProgress:
         if self.cancelled():
             return
         try:
+            if total != self._total:
+                # The host leaves out updates below the last one shown: each part of the work needs a bar of its own.
+                self._bar = comfy.utils.ProgressBar(total, node_id=self._node_id)
+                self._total = total
             frame = None if preview is None else ("JPEG", preview, PREVIEW_SIDE)
             self._bar.update_absolute(step, total, frame)
         except comfy.model_management.InterruptProcessingException:
@@ -124,9 +144,8 @@ class HostProgress:
             raise comfy.model_management.InterruptProcessingException()
 
     def _say(self, line: str) -> None:
-        from server import PromptServer  # there is none when nodes are used without a server
-
-        server = getattr(PromptServer, "instance", None)
+        # Not imported: where the host runs without its server, nobody could read the line.
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
         if line and server is not None and self._node_id is not None:
             server.send_progress_text(line, self._node_id)
 
@@ -165,8 +184,12 @@ def image_list(images: list[Tensor]) -> list[Tensor]:
         return [detach_from_inference(image).cpu() for batch in images for image in batch.unbind(0)]
 
 
-def mask_list(masks: list[Tensor]) -> list[Tensor]:
-    """Batches of host masks -> single masks (height, width) in 0..1."""
+def mask_list(masks: list[Tensor]) -> list[Tensor | None]:
+    """Batches of host masks -> single masks (height, width) in 0..1, None for masks that are white everywhere.
+
+    The host makes masks of 64 x 64 pixels for pictures without transparency, whatever the picture's shape.
+    """
     with torch.inference_mode(False):
         batches = [mask if mask.ndim == 3 else mask.unsqueeze(0) for mask in masks]
-        return [detach_from_inference(mask).cpu() for batch in batches for mask in batch.unbind(0)]
+        single = [detach_from_inference(mask).cpu() for batch in batches for mask in batch.unbind(0)]
+    return [None if mask.numel() and mask.min() == 1 else mask for mask in single]

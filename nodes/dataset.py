@@ -1,5 +1,6 @@
 """Dataset nodes: pictures and captions gathered on the canvas or from a folder."""
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -8,6 +9,7 @@ from comfy_api.latest import io
 from ..models.errors import DatasetError
 from ..models.tokens import LearnedToken
 from ..trainers.dataset import Dataset, Example
+from ..trainers.layouts import is_inside
 from ..trainers.pictures import Picture
 from . import _host, _sockets
 
@@ -33,10 +35,23 @@ def _folders() -> list[str]:
 
 def _folder_path(name: str) -> Path:
     """The folder of that name inside the input folder; DatasetError for anything outside it."""
-    root = Path(folder_paths.get_input_directory()).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root) or not path.is_dir():
+    root = Path(folder_paths.get_input_directory())
+    path = Path(os.path.abspath(root / name))
+    if not is_inside(path, root) or not path.is_dir():
         raise DatasetError(f"{name!r} is not a folder inside ComfyUI's input folder; choose one from the list")
+    return path
+
+
+def _picture_path(name: str) -> Path:
+    """The picture of that name in the input folder, or in the one that its ending such as [output] names.
+
+    DatasetError when it leads out of that folder or is not there: names arrive over the network in workflows.
+    """
+    plain, root = folder_paths.annotated_filepath(name)
+    root = Path(root or folder_paths.get_input_directory())
+    path = Path(os.path.abspath(root / plain))
+    if not is_inside(path, root) or not path.is_file():
+        raise DatasetError(f"picture {name!r} is not in the {root.name} folder; drop it on the node again")
     return path
 
 
@@ -90,17 +105,25 @@ class TrainingPicture(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, image, **_others) -> str:
-        return _host.file_version(Path(folder_paths.get_annotated_filepath(image))) if image else ""
+        try:
+            return _host.file_version(_picture_path(image)) if image else ""
+        except DatasetError:
+            return ""
 
     @classmethod
     def validate_inputs(cls, image) -> bool | str:
-        if image is not None and not folder_paths.exists_annotated_filepath(image):
-            return f"picture {image} is not in the input folder; drop it on the node again"
+        if image is None:  # linked: known when the node runs
+            return True
+        try:
+            _picture_path(str(image))
+        except DatasetError as error:
+            return str(error)
         return True
 
     @classmethod
     def execute(cls, image, caption, base_caption="", pictures=None) -> io.NodeOutput:
-        picture = Picture.from_file(Path(folder_paths.get_annotated_filepath(image)))
+        with _host.short_paths():
+            picture = Picture.from_file(_picture_path(image))
         example = Example(picture, caption.strip(), base_caption.strip())
         return io.NodeOutput((*(pictures or ()), example))
 
@@ -209,7 +232,7 @@ class PersonalizationDataset(io.ComfyNode):
         images=None,
         masks=None,
     ) -> io.NodeOutput:
-        folder, class_folder = folder[0], class_folder[0]
+        folder, class_folder = folder[0] or NO_FOLDER, class_folder[0] or NO_FOLDER
         tokens = _tokens(token[0], initializer[0], rows_per_token[0])
         captions, base_captions = _lines(captions), _lines(base_captions)
         sources = [folder != NO_FOLDER, pictures is not None, images is not None]
@@ -223,37 +246,41 @@ class PersonalizationDataset(io.ComfyNode):
                 "masks are connected without images; a folder's masks belong in its sub-folder mask, under the "
                 "pictures' names"
             )
-        if folder != NO_FOLDER:
-            dataset = Dataset.from_folder(
-                _folder_path(folder),
-                tokens=tokens or None,
-                captions=captions or None,
-                base_captions=base_captions or None,
-            )
-        elif images is not None:
-            dataset = Dataset.from_tensors(
-                _host.image_list(images),
-                captions,
-                base_captions=base_captions or None,
-                masks=None if masks is None else _host.mask_list(masks),
-                tokens=tokens,
-            )
-        else:
-            examples = pictures[0]
-            dataset = Dataset.build(
-                [example.picture for example in examples],
-                captions or [example.caption for example in examples],
-                base_captions=base_captions or [example.base_caption or None for example in examples],
-                tokens=tokens,
-            )
-        if class_folder != NO_FOLDER:
-            dataset = dataset.with_class_folder(_folder_path(class_folder), class_caption[0].strip() or None)
-        return io.NodeOutput(dataset, dataset.preview(_THUMBNAIL))
+        with _host.short_paths():
+            if folder != NO_FOLDER:
+                dataset = Dataset.from_folder(
+                    _folder_path(folder),
+                    tokens=tokens or None,
+                    captions=captions or None,
+                    base_captions=base_captions or None,
+                    within=Path(folder_paths.get_input_directory()),
+                )
+            elif images is not None:
+                dataset = Dataset.from_tensors(
+                    _host.image_list(images),
+                    captions,
+                    base_captions=base_captions or None,
+                    masks=None if masks is None else _host.mask_list(masks),
+                    tokens=tokens,
+                )
+            else:
+                examples = [example for chain in pictures for example in chain]
+                dataset = Dataset.build(
+                    [example.picture for example in examples],
+                    captions or [example.caption for example in examples],
+                    base_captions=base_captions or [example.base_caption or None for example in examples],
+                    tokens=tokens,
+                )
+            if class_folder != NO_FOLDER:
+                dataset = dataset.with_class_folder(_folder_path(class_folder), class_caption[0].strip() or None)
+            return io.NodeOutput(dataset, dataset.preview(_THUMBNAIL))
 
 
-def _lines(values: list[str] | None) -> list[str]:
-    """Non-empty lines of a widget, or the strings of a list that another node gives."""
-    return [line.strip() for value in values or [] for line in value.splitlines() if line.strip()]
+def _lines(values: list[str]) -> list[str]:
+    """Non-empty lines of a widget, or the strings of a list that another node gives, one per picture."""
+    if len(values) > 1:
+        return [value.strip() for value in values]
+    return [line.strip() for value in values for line in value.splitlines() if line.strip()]
 
 
 def _tokens(triggers: str, initializers: str, rows: int) -> tuple[LearnedToken, ...]:

@@ -136,6 +136,7 @@ class Dataset:
         class_folder: str | Path | None = None,
         class_captions: str | Sequence[str] | None = None,
         class_count: int | None = None,
+        within: Path | None = None,
     ) -> Self:
         """Read every picture of one folder, not its sub-folders, in natural order (2.jpg before 10.jpg).
 
@@ -150,11 +151,14 @@ class Dataset:
             masks: folder of masks when it is not ``mask/``.
             section: which part of ``config.json`` to use.
             class_folder, class_captions, class_count: see ``with_class_folder``.
+            within: folder that no path in ``config.json`` may lead out of.
         """
         folder = layouts.folder(path)
         config = folder / layouts.CONFIG_NAME
         if captions is None and (section is not None or layouts.has_sections(config)):
-            dataset = cls.from_json(config, section, tokens=tokens, base_captions=base_captions, masks=masks)
+            dataset = cls.from_json(
+                config, section, tokens=tokens, base_captions=base_captions, masks=masks, within=within
+            )
         else:
             files = layouts.picture_files(folder)
             if captions is None:
@@ -181,6 +185,7 @@ class Dataset:
         tokens: Sequence[LearnedToken] | None = None,
         base_captions: str | Sequence[str | None] | None = None,
         masks: str | Path | None = None,
+        within: Path | None = None,
     ) -> Self:
         """Read a JSON file in the layout of kyungmnlee/dco: sections with images, prompts and, optionally,
         base_prompts, inserting_tokens, initializer_tokens, masks, class_images_dir, class_prompts.
@@ -193,8 +198,9 @@ class Dataset:
         Args:
             tokens, base_captions: replace what the file says.
             masks: folder of masks, when the file lists none; default ``mask/`` beside the JSON.
+            within: folder that no path in the file may lead out of.
         """
-        entry = layouts.read_json(path, name)
+        entry = layouts.read_json(path, name, within=within)
         if tokens is None:
             tokens = tuple(LearnedToken(trigger, initializer) for trigger, initializer in entry.tokens)
         mask_paths = entry.masks

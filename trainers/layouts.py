@@ -1,6 +1,7 @@
 """Where a dataset's parts lie on disk: caption files, mask folders, and the DCO authors' JSON file."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,8 +104,11 @@ def has_sections(path: Path) -> bool:
     return "images" in content or any(isinstance(value, dict) and "images" in value for value in content.values())
 
 
-def read_json(path: str | Path, name: str | None = None) -> JsonSection:
+def read_json(path: str | Path, name: str | None = None, *, within: Path | None = None) -> JsonSection:
     """Read one section of a JSON file in the DCO authors' layout and find its files.
+
+    Args:
+        within: folder that no listed path may lead out of; for JSON files that others have sent.
 
     Raises:
         DatasetError: the file is missing or not JSON, the section is missing or ambiguous, an entry is
@@ -112,7 +116,7 @@ def read_json(path: str | Path, name: str | None = None) -> JsonSection:
     """
     path = Path(path)
     section = _pick_section(path, _load(path), name)
-    images = [_find(path, image) for image in _strings(path, section, "images", required=True)]
+    images = [_find(path, image, within) for image in _strings(path, section, "images", required=True)]
     masks = _strings(path, section, "masks")
     triggers = _strings(path, section, "inserting_tokens") or []
     initializers = _strings(path, section, "initializer_tokens")
@@ -131,8 +135,8 @@ def read_json(path: str | Path, name: str | None = None) -> JsonSection:
         prompts=_strings(path, section, "prompts", required=True),
         base_prompts=_strings(path, section, "base_prompts"),
         tokens=list(zip(triggers, initializers)),
-        masks=None if masks is None else [_find(path, mask) for mask in masks],
-        class_folder=None if class_folder is None else _find(path, class_folder),
+        masks=None if masks is None else [_find(path, mask, within) for mask in masks],
+        class_folder=None if class_folder is None else _find(path, class_folder, within),
         class_prompts=_strings(path, section, "class_prompts"),
     )
 
@@ -194,10 +198,15 @@ def _strings(path: Path, section: dict[str, Any], key: str, *, required: bool = 
     return values
 
 
-def _find(config: Path, listed: str) -> Path:
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path stays in a folder as it is written; links that the folder's owner put there may lead on."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def _find(config: Path, listed: str, within: Path | None) -> Path:
     """``listed`` relative to the JSON file's folder, else its bare name there."""
     name = listed.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     for candidate in (config.parent / listed, config.parent / name):
-        if name and candidate.exists():
+        if name and (within is None or is_inside(candidate, within)) and candidate.exists():
             return candidate
     raise DatasetError(f"{config}: found neither {listed!r} nor {name!r} beside it; correct the path")
