@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import comfy.model_management
@@ -14,6 +15,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL import Image
 
+from ..models.errors import ConfigError
 from ..models.formats import safe_name
 from ..trainers.config import TrainConfig
 from ..trainers.output import OutputPlace
@@ -95,8 +97,6 @@ OVERWRITE = io.Boolean.Input(
 
 def check_output_name(name: str | None) -> bool | str:
     """For validate_inputs: True, or what is wrong with a name that leaves its folder or that files cannot carry."""
-    from ..models.errors import ConfigError
-
     try:
         safe_name(name) if name is not None else None
     except ConfigError as error:
@@ -106,8 +106,6 @@ def check_output_name(name: str | None) -> bool | str:
 
 def output_place(name: str, overwrite: bool) -> OutputPlace:
     """The host's LoRA and embeddings folders, and a run folder under its output folder."""
-    from pathlib import Path
-
     runs = Path(folder_paths.get_output_directory()) / "personalize"
     return OutputPlace(
         safe_name(name),
@@ -134,7 +132,7 @@ def run_training(node: type[io.ComfyNode], train: Callable[..., Any]) -> io.Node
     _host.free_vram()
     progress = _host.HostProgress(node.hidden.unique_id)
     try:
-        with _host.leave_inference_mode():
+        with _host.leave_inference_mode(), _host.short_paths():
             result = train(
                 device=comfy.model_management.get_torch_device(),
                 progress=progress,

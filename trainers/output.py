@@ -1,5 +1,6 @@
 """The files a training leaves: a LoRA that carries its learned tokens, and the tokens as embedding files."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models.errors import ConfigError
+from ..models.errors import ConfigError, FormatError
 from ..models.families import Family
 from ..models.formats import describe, safe_name, write_safetensors
 from ..models.lora import LowRankDelta, kohya_tensors
@@ -42,9 +43,13 @@ class OutputPlace:
         return self.embedding_folder / f"{self.name}{suffix}.safetensors"
 
     def check(self, tokens: Sequence[LearnedToken], *, may_exist: bool = False) -> None:
-        """Raise ConfigError when files would overwrite each other or, without permission, older ones.
+        """Refuse what could not be saved after hours of training; called before anything is loaded.
 
-        Called before anything is loaded. ``may_exist`` gives the permission to a run that continues its own files.
+        Args: may_exist: permission to overwrite for a run that continues its own files.
+
+        Raises:
+            ConfigError: files would overwrite each other or, without permission, older ones.
+            FormatError: a folder cannot be written to.
         """
         paths = {self.lora_path: "LoRA"}
         for token in tokens:
@@ -57,13 +62,25 @@ class OutputPlace:
                     f"token {token.trigger} would be saved as {path.name}, like the {owner}; rename the token"
                 )
             paths[path] = f"token {token.trigger}"
-        if self.overwrite or may_exist:
-            return
-        for path in paths:
+        for path in () if self.overwrite or may_exist else paths:
             if path.exists():
                 raise ConfigError(
                     f"{path.name} exists already in {path.parent.name}; choose another output name or turn on overwrite"
                 )
+        for folder in dict.fromkeys([*(path.parent for path in paths), self.run_folder]):
+            _check_writable(folder)
+
+
+def _check_writable(folder: Path) -> None:
+    """Try to write, since permissions do not tell of read-only disks; the folder itself may not exist yet."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise FormatError(
+            f"nothing can be saved in {folder} ({error.strerror}); free space or choose a writable folder"
+        ) from error
 
 
 def plain_name(trigger: str) -> str:
