@@ -75,6 +75,8 @@ def match_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     fitting = {stem for stem in unet_stems if stem in unet_names}
     refusal = _refusal(name, tensors, metadata, model, len(fitting), len(unet_stems))
     usable_text = {stem for stem in text_stems if stem in text_names}
+    if text_stems and not unet_stems and clip is None:
+        raise IncompatibleModelError(f"{name} changes the text encoders alone; connect a CLIP to the loader")
     if not fitting and (unet_stems or not usable_text):
         raise IncompatibleModelError(refusal)
 

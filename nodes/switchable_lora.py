@@ -7,6 +7,7 @@ conditioning, found again through the uuid that the host gives every conditionin
 
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import comfy.lora
@@ -101,13 +102,13 @@ class SwitchableLora:
             change = self._change(name, patch, module, x, cache)
             # Patches of other extensions may fold tokens into the batch; its outer axis stays the row.
             repeat = output.shape[0] // rows
-            if len(spans) == 1 and spans[0][:2] == (0, rows):
-                return output + change(x) * spans[0][2]
+            if spans == [(0, rows, 1.0)]:
+                return output + change(x)
             if output.requires_grad:
                 output = output.clone()
             for start, stop, factor in spans:
                 part = slice(start * repeat, stop * repeat)
-                output[part] += change(x[part]) * factor
+                output[part] += change(x[part]) if factor == 1.0 else change(x[part]) * factor
             return output
 
         return add_change
@@ -118,8 +119,9 @@ class SwitchableLora:
         """The layer's change at full strength as a function of its input."""
         key = (self.id, name, x.device, x.dtype)
         if patch.low_rank is not None:
-            delta = cache.get(key, lambda: patch.low_rank.to(x), lambda d: _bytes((d.down, d.up, d.mid)), x.device)
-            return lambda rows: _low_rank(delta, module, rows) * self.strength
+            scaled = replace(patch.low_rank, scale=patch.low_rank.scale * self.strength)
+            delta = cache.get(key, lambda: scaled.to(x), lambda d: _bytes((d.down, d.up, d.mid)), x.device)
+            return lambda rows: _low_rank(delta, module, rows)
         weight, bias = cache.get(key, lambda: self._dense(name, patch, module, x), _bytes, x.device)
         return lambda rows: _dense(module, rows, weight, bias)
 

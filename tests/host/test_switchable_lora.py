@@ -324,6 +324,13 @@ def test_text_encoder_layers_without_a_clip_are_left_out_with_a_warning(comfy, t
     assert list(matched.text) == ["clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"]
     assert "1 text encoder layers" in caplog.text
 
+    from comfyui_personalize.models.errors import IncompatibleModelError
+
+    text_only = {key: value for key, value in tensors.items() if key.startswith("lora_te_")}
+    assert match_lora("x.safetensors", text_only, {}, model, clip).unet == {}
+    with pytest.raises(IncompatibleModelError, match="connect a CLIP"):
+        match_lora("x.safetensors", text_only, {}, model)
+
 
 def test_models_without_a_unet_are_refused():
     from types import SimpleNamespace
