@@ -65,8 +65,7 @@ class TextSide:
                 root = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
                 lora = add_lora(encoder, config.rank, TEXT_ATTENTION, generator)
                 if config.gradient_checkpointing:
-                    encoder.gradient_checkpointing_enable({"use_reentrant": False})
-                    encoder.train()  # transformers checkpoints only then; CLIP has no dropout
+                    _checkpoint_activations(encoder)
                 self.groups.append(ParameterGroup(root, lora, config.text_learning_rate, decay))
                 self._adapted[root] = encoder
         if not trained:
@@ -101,6 +100,13 @@ class TextSide:
 
     def _look_up(self, prompts: list[str]) -> PromptEmbeds:
         return self._frozen[[self._places[prompt] for prompt in prompts]]
+
+
+def _checkpoint_activations(encoder: torch.nn.Module) -> None:
+    # The second name is the one before transformers 5.
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    encoder.train()  # only then are activations recomputed; CLIP has no dropout
 
 
 def _norms(leaf: Tensor, dataset: Dataset, table: Tensor, config: DCOConfig) -> Tensor:

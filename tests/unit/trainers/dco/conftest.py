@@ -14,6 +14,7 @@ from comfyui_personalize.trainers.batches import LatentBatches
 from comfyui_personalize.trainers.dataset import Dataset
 from comfyui_personalize.trainers.dco import text, train
 from comfyui_personalize.trainers.dco.config import DCOConfig
+from comfyui_personalize.trainers.dco.text import TextSide
 from comfyui_personalize.trainers.output import OutputPlace
 
 CPU = torch.device("cpu")
@@ -72,6 +73,7 @@ class Inside:
     """Gradient norm of every step before clipping."""
     encoded: int = 0
     """Pictures that went through the autoencoder."""
+    text: list[TextSide] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -115,6 +117,7 @@ def inside(monkeypatch):
     monkeypatch.setattr(TrainingBase, "load_text_encoders", load_text_encoders)
     monkeypatch.setattr(TrainingBase, "load_vae", counting_vae)
     monkeypatch.setattr(LatentBatches, "next", lambda self: keep(seen.batches, following(self)))
+    monkeypatch.setattr(train, "TextSide", lambda *a, **k: keep(seen.text, TextSide(*a, **k)))
     monkeypatch.setattr(train, "add_lora", add_lora)
     monkeypatch.setattr(text, "add_lora", add_lora)
     monkeypatch.setattr(loop, "clip_gradients", clip_gradients)

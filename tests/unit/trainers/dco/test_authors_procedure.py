@@ -93,9 +93,7 @@ class Plain:
         return loss.item()
 
 
-@pytest.mark.parametrize(
-    ("family", "beta"), [("sdxl", 20.0), ("sdxl", 0.0), ("sd15", 20.0), ("sd21", 20.0), ("sd21", -1.0)]
-)
+@pytest.mark.parametrize(("family", "beta"), [("sdxl", 20.0), ("sd15", 20.0), ("sd21", -1.0)])
 def test_the_compact_training_takes_the_same_course(family, beta, tiny, inside):
     tokens = LearnedToken("<dog>", "dog"), LearnedToken("<hat>", "hat")
     captions = [f"a <dog> with a <hat>, number {number}" for number in range(4)]
