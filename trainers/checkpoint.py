@@ -62,6 +62,8 @@ class Checkpoints:
         """Write the state after ``step`` optimizer steps, then delete states beyond the limit."""
         if self._folder is None:
             return None
+        for leftover in self._folder.glob(".state-*.partial"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         tensors = {f"parameter.{name}": p for name, p in self._parameters.items()}
         values: dict[str, Any] = {"step": step, "schedule": _jsonable(self._schedule.state_dict())}
         values["learning_rates"] = [group["lr"] for group in self._optimizer.param_groups]

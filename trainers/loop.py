@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import torch
 from PIL import Image
@@ -324,24 +324,26 @@ class _Best:
 
 
 class _Log:
-    """One JSON line per optimizer step, and the preview pictures."""
+    """One JSON line per optimizer step, and the preview pictures; nothing is on disk before the first step is done."""
 
     def __init__(self, folder: Path | None, resumed_at: int) -> None:
-        self._folder, self._file = folder, None
-        if folder is None:
-            return
-        path = folder / "log.jsonl"
-        with _writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_at] if resumed_at else []
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
+        self._folder, self._resumed_at, self._file = folder, resumed_at, None
 
     def write(self, step: int, loss: float, rate: float) -> None:
-        if self._file:
-            with _writing(Path(self._file.name)):
-                self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate}) + "\n")
-                self._file.flush()
+        if self._folder is None:
+            return
+        path = self._folder / "log.jsonl"
+        with _writing(path):
+            self._file = self._file or self._open(path)
+            self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate}) + "\n")
+            self._file.flush()
+
+    def _open(self, path: Path) -> TextIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= self._resumed_at]
+        file = path.open("w", encoding="utf-8")
+        file.writelines(kept)
+        return file
 
     def save_preview(self, step: int, picture: Image.Image) -> None:
         if self._folder:
