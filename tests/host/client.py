@@ -208,7 +208,10 @@ class Client:
             except websocket.WebSocketTimeoutException:
                 break
             if isinstance(message, bytes):
+                texts = len(run.texts)
                 _read_binary(message, run)
+                for node, text in run.texts[texts:]:
+                    yield "progress_text", {"node": node, "text": text}
             elif message:
                 event = json.loads(message)
                 yield event["type"], event["data"]

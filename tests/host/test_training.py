@@ -1,4 +1,4 @@
-"""Training through the HTTP API: every way in for pictures, what is shown meanwhile, and what the files are good for."""
+"""Training over HTTP: every way in for pictures, what is shown meanwhile, and what the files are good for."""
 
 import json
 
