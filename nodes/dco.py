@@ -1,16 +1,21 @@
 """DCO nodes: load what was trained, and sample with reward guidance."""
 
+from collections.abc import Sequence
+
+from pathlib import Path
+
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..models.formats import read_weights
+from ..models.formats import read_header, read_weights
 from ..models.learned_embeddings import (
     BUNDLE,
     LearnedEmbedding,
-    declared_tokens,
     embeddings_from_tensors,
+    files_of_tokens,
     parse_triggers,
     read_learned_embeddings,
+    read_several,
 )
 from . import _host
 from .learned_tokens import teach
@@ -21,22 +26,19 @@ from .switchable_lora import SwitchableLora, attach, require_unet
 _AUTHORS_LORA, _AUTHORS_TOKENS = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 
 
-def _tokens_beside(lora_path):
-    """The token file that belongs to a LoRA but is not part of it: the authors' or ours; None if there is none."""
+def _token_files(lora_path, metadata) -> list[Path]:
+    """Files with the tokens that belong to a LoRA but are not part of it: the authors' or ours."""
     if lora_path.name == _AUTHORS_LORA and (lora_path.parent / _AUTHORS_TOKENS).is_file():
-        return lora_path.parent / _AUTHORS_TOKENS
-    return _host.find_model_file("embeddings", f"{lora_path.stem}.safetensors")
+        return [lora_path.parent / _AUTHORS_TOKENS]
+    # A token file of the same name only counts for a LoRA that says it has tokens.
+    return files_of_tokens(lora_path, metadata, lambda name: _host.find_model_file("embeddings", name))
 
 
 def _lora_tokens(path, tensors, metadata, triggers: list[str]) -> list[LearnedEmbedding]:
-    """The learned tokens of a LoRA: bundled, or in the file beside it."""
+    """The learned tokens of a LoRA: bundled, or in the files beside it."""
     if any(key.startswith(BUNDLE) for key in tensors):
         return embeddings_from_tensors(path, tensors, metadata, triggers)
-    beside = _tokens_beside(path)
-    # A token file of the same name only counts for a LoRA that says it has tokens.
-    if beside is not None and (beside.name == _AUTHORS_TOKENS or declared_tokens(metadata)):
-        return read_learned_embeddings(beside, triggers)
-    return []
+    return read_several(_token_files(path, metadata), triggers)
 
 
 class LoadDCOLoRA(io.ComfyNode):
@@ -96,9 +98,16 @@ class LoadDCOLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name=None) -> bool | str:
+        return _known("LoRA", lora_name, _host.model_files("loras"))
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name, **_others) -> str:
         path = _host.find_model_file("loras", lora_name) if lora_name else None
-        return _host.file_version(path, _tokens_beside(path) if path else None)
+        if path is None:
+            return ""
+        metadata = read_header(path).metadata if path.suffix == ".safetensors" else {}
+        return _host.file_version(path, *_token_files(path, metadata))
 
     @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, tokens="", clip=None) -> io.NodeOutput:
@@ -146,6 +155,10 @@ class LoadLearnedTokens(io.ComfyNode):
                 io.String.Output(display_name="tokens", tooltip="The words to use in prompts, separated by commas."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, embedding_name=None) -> bool | str:
+        return _known("embedding", embedding_name, _host.model_files("embeddings"))
 
     @classmethod
     def fingerprint_inputs(cls, embedding_name, **_others) -> str:
@@ -323,6 +336,11 @@ class KSamplerRewardGuidance(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, sampler_name=None, scheduler=None) -> bool | str:
+        sampler = _known("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS)
+        return sampler if sampler is not True else _known("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS)
 
     @classmethod
     def execute(

@@ -122,9 +122,16 @@ def test_a_lora_for_another_model_ends_the_run_with_one_sentence(client, lora):
     assert client.run(graph("sd15", lora="http_wrong.safetensors", seed=9)).status == "success"
 
 
-def test_values_out_of_bounds_are_refused_before_queueing(client, lora, load_helper):
+def test_wrong_values_are_refused_before_queueing(client, lora, load_helper):
     name = lora("http_bounds.safetensors")
-    for changes, text in (({"reward_scale": -1.0}, "reward_scale"), ({"lora": "absent.safetensors"}, "lora_name")):
+    for node, changes, text in (
+        ("7", {"reward_scale": -1.0}, "reward_scale"),
+        ("7", {"sampler_name": "absent"}, "no sampler named 'absent'"),
+        ("7", {"scheduler": "absent"}, "no scheduler named 'absent'"),
+        ("2", {"lora_name": "absent.safetensors"}, "no LoRA named 'absent.safetensors'"),
+    ):
+        workflow = graph("sd15", lora=name)
+        workflow[node]["inputs"] |= changes
         with pytest.raises(load_helper("host/client.py").Rejected) as refusal:
-            client.post(graph("sd15", **{"lora": name, **changes}))
-        assert any(text in message for message in refusal.value.messages)
+            client.post(workflow)
+        assert any(text in message for message in refusal.value.messages), refusal.value.messages
