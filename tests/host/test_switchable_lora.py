@@ -340,3 +340,27 @@ def test_models_without_a_unet_are_refused():
 
     with pytest.raises(IncompatibleModelError, match="Linear"):
         require_unet(SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.bfloat16, 0.05), (torch.float8_e4m3fn, 1e-4)))
+@pytest.mark.parametrize("kind", ("lora", "dora", "loha"))
+def test_weights_stored_in_fewer_bits_get_the_whole_change(
+    comfy, tools, tiny_checkpoint, scene, kind, dtype, tolerance
+):
+    """Like the same rounded weights patched in float32; the stock loader would round the sum once more."""
+    _, positive, _ = scene("sd15")
+
+    def load(**options):
+        return comfy.sd.load_checkpoint_guess_config(
+            str(tiny_checkpoint("sd15")), output_clip=False, model_options=options
+        )[0]
+
+    rounded, stored = load(dtype=torch.float32), load(dtype=dtype)
+    assert stored.model_dtype() == dtype
+    for parameter in rounded.model.diffusion_model.parameters():
+        parameter.copy_(parameter.to(dtype).float())
+    tensors = tools.random_lora(rounded, kind)
+    expected = tools.ksample(tools.with_stock_loader(rounded, tensors), positive, positive, cfg=1.0, steps=1)
+    got = tools.ksample(tools.with_switchable(stored, tensors), positive, positive, cfg=1.0, steps=1)
+    assert tools.relative(got, expected) < tolerance
+    assert tools.relative(tools.ksample(stored, positive, positive, cfg=1.0, steps=1), expected) > 3 * tolerance
