@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-SIZE = (600, 400)
+SIZE = (600, 400)  # of what is painted, in the middle of a square: the browser's cards are square
+SIDE = 480
 SCALE = 3  # drawn larger and reduced, for smooth edges
 BACKGROUND = ("#222b38", "#161b24")
 INK = "#e8ecf2"
@@ -170,11 +171,12 @@ THUMBNAILS = {
 def main() -> None:
     """Write all thumbnails."""
     for name, paint in THUMBNAILS.items():
-        canvas = Canvas(*SIZE)
+        canvas, painted = Canvas(SIZE[0], SIZE[0]), Canvas(*SIZE)
         top, bottom = (Image.new("RGBA", canvas.image.size, colour) for colour in BACKGROUND)
         canvas.image.paste(Image.composite(bottom, top, Image.linear_gradient("L").resize(canvas.image.size)))
-        paint(canvas)
-        picture = canvas.image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS)
+        paint(painted)
+        canvas.put(painted, SIZE[0] / 2, SIZE[0] / 2)
+        picture = canvas.image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         picture.save(WORKFLOWS / f"{name}.jpg", quality=88, optimize=True)
 
 

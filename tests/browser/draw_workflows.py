@@ -19,7 +19,7 @@ GROUP_GAP = 60
 TITLE = 30  # height of a node's title bar, which lies above its position
 GROUP_TITLE = 60  # from the top edge of a group to its nodes
 
-# Width and smallest height; what is not listed takes the size that the page gives it.
+# Width and smallest height, with room for the previews of samplers; 0 is the height that the page gives.
 SIZES = {
     "PersonalizeTrainingPicture": (310, 490),
     "PersonalizePersonalizationDataset": (310, 490),
@@ -27,14 +27,14 @@ SIZES = {
     "PersonalizeTrainDCO": (440, 0),
     "PersonalizeLoadDCOLoRA": (340, 0),
     "PersonalizeRewardGuider": (340, 0),
-    "PersonalizeKSamplerRewardGuidance": (340, 0),
+    "PersonalizeKSamplerRewardGuidance": (340, 640),
     "CheckpointLoaderSimple": (340, 0),
     "CLIPTextEncode": (360, 120),
     "RandomNoise": (340, 0),
     "KSamplerSelect": (340, 0),
     "BasicScheduler": (340, 0),
     "EmptyLatentImage": (340, 0),
-    "SamplerCustomAdvanced": (420, 0),
+    "SamplerCustomAdvanced": (420, 340),
     "VAEDecode": (420, 0),
     "SaveImage": (420, 350),
 }

@@ -1,0 +1,135 @@
+"""The shipped workflows in the host's page: they open whole, export what their API files say, and run."""
+
+import itertools
+
+import pytest
+from PIL import Image
+
+NAMES = ("dco_reward_guidance", "dco_subject_in_style", "dco_train_style", "dco_train_subject")
+EXTENSION = "comfyui-personalize"
+BOXES = """() => app.graph._nodes.map(node => ({
+    title: node.title,
+    box: [node.pos[0], node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, ...node.size],
+    least: [...node.computeSize()],
+}))"""
+GROUPS = "() => app.graph._groups.map(group => ({title: group.title, box: [...group.pos, ...group.size]}))"
+PUT = """changes => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? []) {
+    const values = changes[node.type] ?? {};
+    if (widget.name in values) widget.value = values[widget.name];
+} }"""
+THUMBNAIL_SIDE = 480
+SHOWN_THUMBNAILS = f"""() => [...document.querySelectorAll("img")].filter(image =>
+    image.complete && image.naturalWidth === {THUMBNAIL_SIDE} && image.getBoundingClientRect().width > 0).length"""
+
+
+@pytest.fixture(scope="module")
+def shipped(load_helper):
+    return load_helper("host/shipped_workflows.py")
+
+
+@pytest.fixture(scope="module")
+def files(comfy_server, shipped, tiny_checkpoint, load_helper):
+    """Put files under the names that the workflows use into the host's folders."""
+    models = comfy_server.base / "models"
+    for kind, name in (
+        ("checkpoints", "sd_xl_base_1.0.safetensors"),
+        ("loras", "my_dog.safetensors"),
+        ("loras", "my_style.safetensors"),
+    ):
+        path = models / kind / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.symlink_to(tiny_checkpoint("sdxl"))
+    with load_helper("host/client.py").Client(comfy_server.url) as client:
+        for name in shipped.TRAININGS:
+            shipped.upload_pictures(client, shipped.api(name))
+
+
+def overlap(one, two):
+    (x1, y1, width1, height1), (x2, y2, width2, height2) = one["box"], two["box"]
+    return x1 < x2 + width2 and x2 < x1 + width1 and y1 < y2 + height2 and y2 < y1 + height1
+
+
+def inside(one, frame):
+    (x, y, width, height), (left, top, frame_width, frame_height) = one["box"], frame["box"]
+    return left <= x and top <= y and x + width <= left + frame_width and y + height <= top + frame_height
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_whole_and_exports_its_api_file(files, frontend, shipped, tmp_path, name):
+    frontend.load(shipped.ui(name))
+    assert frontend.missing_nodes() == []
+    assert frontend.red_widgets() == []
+    assert frontend.node_errors() == {"marked": [], "refused": {}}
+    assert frontend.export_api() == shipped.api(name)
+    assert frontend.console_errors == []
+    assert frontend.foreign_requests == []
+    picture = Image.open(frontend.screenshot(tmp_path / f"{name}.png")).convert("RGB")
+    assert len(picture.getcolors(picture.width * picture.height)) > 100  # something is drawn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layout_is_tidy(files, frontend, shipped, name):
+    frontend.load(shipped.ui(name))
+    boxes, groups = frontend.page.evaluate(BOXES), frontend.page.evaluate(GROUPS)
+    assert [(a["title"], b["title"]) for a, b in itertools.combinations(boxes, 2) if overlap(a, b)] == []
+    assert [(a["title"], b["title"]) for a, b in itertools.combinations(groups, 2) if overlap(a, b)] == []
+    assert [box["title"] for box in boxes if not any(inside(box, group) for group in groups)] == []
+    assert groups[-1]["title"] == "Result"
+    shipped_sizes = {node["id"]: node["size"] for node in shipped.ui(name)["nodes"]}
+    assert len(shipped_sizes) == len(boxes)
+    for box in boxes:
+        assert box["box"][3] + 1 >= box["least"][1] - 220, f"{box['title']} is too small for its widgets"
+
+
+def test_missing_files_are_the_only_thing_that_a_new_user_has_to_choose(
+    make_server, chromium, shipped, tmp_path, load_helper
+):
+    pages = load_helper("browser/conftest.py")
+    with make_server(tmp_path / "fresh") as server:
+        context = chromium.new_context()
+        frontend = pages.Frontend(context.new_page(), server.url)
+        frontend.open()
+        for name in NAMES:
+            frontend.load(shipped.ui(name))
+            assert frontend.missing_nodes() == []
+            assert frontend.node_errors()["marked"] == []
+            choices = {entry.split(" = ")[0].split(".")[1] for entry in frontend.red_widgets()}
+            assert choices <= {"ckpt_name", "lora_name", "image"}
+        context.close()
+
+
+def test_the_template_browser_lists_them_with_their_pictures(frontend, page, client, tmp_path):
+    listed = client.http.get(f"{client.url}/workflow_templates", timeout=30).json()
+    assert sorted(listed[EXTENSION]) == sorted(NAMES)
+    fetched = set()
+    page.on("response", lambda reply: fetched.add(reply.url.split("?")[0].rsplit("/", 1)[-1]) if reply.ok else None)
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text(EXTENSION, exact=False).last.click()
+    page.wait_for_function(f"() => ({SHOWN_THUMBNAILS})() >= {len(NAMES)}", timeout=20_000)
+    assert {f"{name}.jpg" for name in NAMES} <= fetched
+    text = page.evaluate("() => document.body.innerText")
+    assert [name for name in NAMES if name not in text] == []
+    frontend.screenshot(tmp_path / "templates.png")
+    page.get_by_text("dco_train_subject", exact=True).first.click()
+    page.wait_for_function("() => app.graph._nodes.some(node => node.type === 'PersonalizeTrainDCO')", timeout=20_000)
+    assert frontend.missing_nodes() == []
+
+
+def test_a_training_and_a_sampling_run_in_the_page(files, frontend, shipped, comfy_server, tmp_path):
+    (comfy_server.base / "models/loras/my_dog.safetensors").unlink()  # the stand-in
+    for name in ("dco_train_subject", "dco_reward_guidance"):
+        frontend.load(shipped.ui(name))
+        frontend.page.evaluate(PUT, shipped.SMALL)
+        run = frontend.queue()
+        assert run["status"] == "success", run
+        assert run["progress"] >= 2
+        frontend.screenshot(tmp_path / f"{name}_done.png")
+        shown = frontend.page.evaluate("() => app.graph._nodes.filter(n => n.imgs?.length).map(n => n.title)")
+        wanted = {
+            "dco_train_subject": {"Train DCO", "Loss curve", "Preview picture"},
+            "dco_reward_guidance": {"Picture"},
+        }
+        assert wanted[name] <= set(shown)
+        assert frontend.node_errors() == {"marked": [], "refused": {}}
+        assert frontend.console_errors == []
