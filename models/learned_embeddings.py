@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import ConfigError, FormatError
 from .formats import read_safetensors, read_torch_file
-from .tokens import validate_trigger
+from .tokens import embedding_stems, plain_name, validate_trigger
 
 ENCODERS = ("clip_l", "clip_g", "clip_h")
 ANY = "any"
@@ -57,6 +57,21 @@ def declared_tokens(metadata: Mapping[str, str]) -> list[tuple[str, int | None]]
         ) from error
 
 
+def files_of_tokens(path: Path, metadata: Mapping[str, str], find: Callable[[str], Path | None]) -> list[Path]:
+    """The embedding files that were saved with a LoRA of ours, in the order of its tokens; empty without any.
+
+    Args:
+        path, metadata: of the LoRA. A renamed one is looked up under its first name too.
+        find: file name -> where it lies, or None.
+    """
+    triggers = [trigger for trigger, _rows in declared_tokens(metadata)]
+    for name in dict.fromkeys((path.stem, metadata.get("ss_output_name", path.stem))):
+        found = [find(f"{stem}.safetensors") for stem in embedding_stems(name, triggers)]
+        if triggers and all(found):
+            return found
+    return []
+
+
 def read_learned_embeddings(path: Path, triggers: Sequence[str] = ()) -> list[LearnedEmbedding]:
     """All learned tokens of a file.
 
@@ -80,6 +95,20 @@ def read_learned_embeddings(path: Path, triggers: Sequence[str] = ()) -> list[Le
         return _named({trigger_of_file(path): {ANY: _matrix(rows)}}, triggers, path)
     tensors = {str(key): value for key, value in contents.items() if isinstance(value, Tensor)}
     return embeddings_from_tensors(path, tensors, {}, triggers)
+
+
+def read_several(paths: Sequence[Path], triggers: Sequence[str] = ()) -> list[LearnedEmbedding]:
+    """The tokens of several files in their order; ``triggers`` renames all of them. Errors as for one file."""
+    if len(paths) == 1:
+        return read_learned_embeddings(paths[0], triggers)
+    embeddings = [embedding for path in paths for embedding in read_learned_embeddings(path)]
+    if not triggers or not embeddings:
+        return embeddings
+    if len(embeddings) != len(triggers):
+        raise ConfigError(
+            f"the embedding files hold {len(embeddings)} tokens, but {len(triggers)} were named; name each, or none"
+        )
+    return [LearnedEmbedding(trigger, found.rows) for trigger, found in zip(triggers, embeddings)]
 
 
 def embeddings_from_tensors(
@@ -114,9 +143,14 @@ def _safe_trigger(name: str, path: Path) -> str:
         return trigger_of_file(path)
 
 
+def _bare(name: str) -> str:
+    return name.strip("<>")
+
+
 def _bundled(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     """Tokens kept inside a LoRA file as bundle_emb.<name>.<encoder>, by trigger."""
-    names = {trigger.strip("<>").lower(): trigger for trigger, _rows in declared_tokens(metadata)}
+    declared = [trigger for trigger, _rows in declared_tokens(metadata)]
+    names = {spell(trigger).lower(): trigger for spell in (plain_name, _bare) for trigger in declared}
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if not key.startswith(BUNDLE):
@@ -124,7 +158,7 @@ def _bundled(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict
         # A1111 writes bundle_emb.<name>.string_to_param.*, kohya's and OneTrainer's end in the encoder.
         name, _, entry = key[len(BUNDLE) :].replace(".string_to_param", "").rpartition(".")
         encoder = entry if entry in ENCODERS else ANY
-        trigger = names.get(name.strip("<>").lower()) or as_trigger(name.strip("<>"))
+        trigger = names.get(_bare(name).lower()) or as_trigger(_bare(name))
         found.setdefault(trigger, {})[encoder] = _matrix(value)
     return found
 

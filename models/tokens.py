@@ -27,6 +27,19 @@ def validate_trigger(trigger: str) -> str:
     return trigger
 
 
+def plain_name(trigger: str) -> str:
+    """``<dog>`` -> ``dog``, fit for file and tensor names."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in trigger.strip("<>"))
+
+
+def embedding_stems(name: str, triggers: Sequence[str]) -> list[str]:
+    """File names, without ending, of the learned tokens that belong to a LoRA file called ``name``.
+
+    A single token's file is named like the LoRA; with several tokens each also carries its own name.
+    """
+    return [name] if len(triggers) == 1 else [f"{name}_{plain_name(trigger)}" for trigger in triggers]
+
+
 @dataclass(frozen=True)
 class LearnedToken:
     """A trigger word, the word it starts from, and how many embedding rows it owns."""

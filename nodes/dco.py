@@ -1,7 +1,6 @@
 """DCO nodes: load what was trained, and sample with reward guidance."""
 
 from collections.abc import Sequence
-
 from pathlib import Path
 
 import comfy.samplers
@@ -39,6 +38,11 @@ def _lora_tokens(path, tensors, metadata, triggers: list[str]) -> list[LearnedEm
     if any(key.startswith(BUNDLE) for key in tensors):
         return embeddings_from_tensors(path, tensors, metadata, triggers)
     return read_several(_token_files(path, metadata), triggers)
+
+
+def _known(kind: str, name: str | None, names: Sequence[str]) -> bool | str:
+    """For ``validate_inputs``: whether ``name`` is one of ``names``; a name that arrives over a link is None."""
+    return True if name is None or name in names else f"there is no {kind} named {name!r}; choose one from the list"
 
 
 class LoadDCOLoRA(io.ComfyNode):

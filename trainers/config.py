@@ -77,6 +77,8 @@ class TrainConfig:
     """Which weights are saved at the end: the last ones, or those with the lowest smoothed loss."""
     save_precision: Literal["fp16", "fp32"] = "fp16"
     """Type of the saved LoRA; learned tokens are always saved in fp32."""
+    bundle_tokens: bool = False
+    """Also put the learned tokens into the LoRA file, so that one file is enough; diffusers refuses such files."""
     checkpoint_every: int = 0
     """Write the whole training state every so many steps; 0 writes it only when training is cancelled."""
     checkpoint_limit: int = 2
@@ -129,8 +131,8 @@ class TrainConfig:
         what it previews and how often it saves do not take part, unless the schedule depends on the length.
         """
         ignored = {
-            "checkpoint_every", "checkpoint_limit", "resume", "keep", "save_precision", "preview_every",
-            "preview_prompt", "preview_steps", "preview_guidance", "gradient_checkpointing",
+            "checkpoint_every", "checkpoint_limit", "resume", "keep", "save_precision", "bundle_tokens",
+            "preview_every", "preview_prompt", "preview_steps", "preview_guidance", "gradient_checkpointing",
         }  # fmt: skip
         if self.lr_schedule in {"constant", "constant_with_warmup"}:
             ignored.add("steps")

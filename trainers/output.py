@@ -12,7 +12,7 @@ from ..models.errors import ConfigError, FormatError
 from ..models.families import Family
 from ..models.formats import describe, safe_name, write_safetensors
 from ..models.lora import LowRankDelta, kohya_tensors
-from ..models.tokens import LearnedToken
+from ..models.tokens import LearnedToken, embedding_stems, plain_name
 from .config import TrainConfig
 
 LORA_FORMAT = "lora/1"
@@ -39,8 +39,8 @@ class OutputPlace:
 
     def embedding_path(self, token: LearnedToken, tokens: Sequence[LearnedToken]) -> Path:
         """Named like the LoRA; with several tokens each file also carries its own."""
-        suffix = "" if len(tokens) == 1 else f"_{plain_name(token.trigger)}"
-        return self.embedding_folder / f"{self.name}{suffix}.safetensors"
+        stems = embedding_stems(self.name, [other.trigger for other in tokens])
+        return self.embedding_folder / f"{stems[list(tokens).index(token)]}.safetensors"
 
     def check(self, tokens: Sequence[LearnedToken], *, may_exist: bool = False) -> None:
         """Refuse what could not be saved after hours of training; called before anything is loaded.
@@ -83,9 +83,10 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def plain_name(trigger: str) -> str:
-    """``<dog>`` -> ``dog``, fit for file and tensor names."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in trigger.strip("<>"))
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype``, or as it is when a diverged training made values that ``dtype`` cannot hold."""
+    narrow = tensor.to(dtype)
+    return narrow if narrow.isfinite().all() else tensor
 
 
 def save_personalization(
@@ -102,8 +103,8 @@ def save_personalization(
 ) -> list[Path]:
     """Write ``<name>.safetensors`` to the LoRA folder and one file per token to the embeddings folder.
 
-    The LoRA is in kohya's layout and bundles the tokens as ``bundle_emb.<token>.<encoder>``, so that one
-    file is enough for loaders that know bundles; the separate embedding files are for all the others.
+    The LoRA is in kohya's layout, which every loader reads. When asked to, it also bundles the tokens as
+    ``bundle_emb.<token>.<encoder>`` for loaders that know bundles; diffusers refuses such files.
 
     Args:
         deltas: trained changes by diffusers' module names.
@@ -116,7 +117,7 @@ def save_personalization(
     """
     shared = {"family": family.name, "method": method, "title": place.name, "config": config.as_dict(), "extra": extra}
     dtype = torch.float16 if config.save_precision == "fp16" else torch.float32
-    tensors = {key: tensor.to(dtype) for key, tensor in kohya_tensors(deltas, family.name).items()}
+    tensors = {key: _narrowed(tensor, dtype) for key, tensor in kohya_tensors(deltas, family.name).items()}
     ranks = {delta.rank for delta in deltas.values()}
     written, start = [], 0
     embeddings = {}
@@ -124,7 +125,8 @@ def save_personalization(
         part = {key: table[start : start + token.rows].detach().to("cpu", torch.float32) for key, table in rows.items()}
         start += token.rows
         embeddings[token] = part
-        tensors |= {f"bundle_emb.{plain_name(token.trigger)}.{key}": value for key, value in part.items()}
+        if config.bundle_tokens:
+            tensors |= {f"bundle_emb.{plain_name(token.trigger)}.{key}": value for key, value in part.items()}
     metadata = describe(LORA_FORMAT, tokens=tokens, **shared)
     if ranks:
         metadata |= {"ss_network_dim": str(max(ranks)), "ss_network_module": "networks.lora"}

@@ -15,7 +15,8 @@ from ..models.learned_embeddings import (
     BUNDLE,
     LearnedEmbedding,
     embeddings_from_tensors,
-    read_learned_embeddings,
+    files_of_tokens,
+    read_several,
 )
 from ..models.lora import LowRankDelta, parse_lora
 from ..models.tokens import LearnedToken
@@ -34,8 +35,7 @@ class PersonalizationSettings:
     text_strength: float = 1.0
     """Factor on its change of the text encoders, where it has one."""
     embeddings: tuple[Path, ...] = ()
-    """Files with its learned tokens; empty takes those that are in the LoRA file or, in the authors' folder, beside
-    it."""
+    """Files with its learned tokens; empty takes those that are in the LoRA file or that were saved with it."""
     tokens: tuple[LearnedToken, ...] = ()
     """Triggers and initializers in the order of training, for files that name none; they also rename tokens."""
 
@@ -108,13 +108,12 @@ def _tokens(
     files: Sequence[Path] = settings.embeddings
     if not files and path.name == _AUTHORS_LORA and (path.parent / _AUTHORS_TOKENS).is_file():
         files = [path.parent / _AUTHORS_TOKENS]
-    if len(files) == 1:
-        embeddings = read_learned_embeddings(files[0], triggers)
-    elif files:
-        embeddings = [embedding for file in files for embedding in read_learned_embeddings(file)]
-        if triggers:
-            embeddings = _renamed(embeddings, triggers)
-    elif any(key.startswith(BUNDLE) for key in tensors):
+    bundled = any(key.startswith(BUNDLE) for key in tensors)
+    if not files and not bundled:
+        files = files_of_tokens(path, metadata, lambda name: _saved_with(path, name))
+    if files:
+        embeddings = read_several(files, triggers)
+    elif bundled:
         embeddings = embeddings_from_tensors(path, tensors, metadata, triggers)
     elif triggers:
         raise ConfigError(
@@ -129,12 +128,10 @@ def _tokens(
     return embeddings, {token.trigger: token.initializer for token in (*declared, *settings.tokens)}
 
 
-def _renamed(embeddings: list[LearnedEmbedding], triggers: Sequence[str]) -> list[LearnedEmbedding]:
-    if len(embeddings) != len(triggers):
-        raise ConfigError(
-            f"the embedding files hold {len(embeddings)} tokens, but {len(triggers)} were named; name each, or none"
-        )
-    return [LearnedEmbedding(trigger, found.rows) for trigger, found in zip(triggers, embeddings)]
+def _saved_with(lora: Path, name: str) -> Path | None:
+    """An embedding file beside the LoRA, or in the folder that training puts beside the LoRA's."""
+    places = (lora.parent / name, lora.parent.parent / "embeddings" / name)
+    return next((place for place in places if place.is_file() and place != lora), None)
 
 
 def _fitted(embedding: LearnedEmbedding, widths: Mapping[str, int], name: str) -> dict[str, Tensor]:

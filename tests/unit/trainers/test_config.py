@@ -172,7 +172,7 @@ def test_malformed_overrides_are_refused(words, message):
 UNDECISIVE = {
     "checkpoint_every": 5, "checkpoint_limit": 3, "resume": True, "keep": "best", "save_precision": "fp32",
     "preview_every": 5, "preview_prompt": "a dog", "preview_steps": 3, "preview_guidance": 2.0,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": True, "bundle_tokens": True,
 }  # fmt: skip
 
 
