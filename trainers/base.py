@@ -14,7 +14,7 @@ from ..models.families import Family
 from ..models.schedules import NoiseSchedule, PredictionType
 from . import folder as diffusers_folder
 from . import single_file
-from .modules import Component
+from .modules import Component, missing_weights_named
 from .tokenizer import load_tokenizer
 from .vae import Autoencoder, load_autoencoder
 from .weights import Weights
@@ -118,18 +118,19 @@ def _fields(base: TrainingBase) -> dict[str, object]:
 
 def _open_file(path: Path, vae: str | Path | None) -> TrainingBase:
     weights = Weights.open(path)
-    family = single_file.detect_family(weights)
-    velocity = single_file.predicts_velocity(weights, family)
-    return TrainingBase(
-        name=path.name,
-        family=family,
-        schedule=NoiseSchedule.scaled_linear(
-            "v_prediction" if velocity else "epsilon", zero_terminal_snr=velocity and "ztsnr" in weights.shapes
-        ),
-        unet=single_file.unet_component(weights, family),
-        text_encoders=tuple(single_file.text_component(weights, family, slot) for slot in family.encoders),
-        vae=single_file.vae_component(weights, family) if vae is None else _open_vae(Path(vae), family),
-    )
+    with missing_weights_named(path.name):
+        family = single_file.detect_family(weights)
+        velocity = single_file.predicts_velocity(weights, family)
+        return TrainingBase(
+            name=path.name,
+            family=family,
+            schedule=NoiseSchedule.scaled_linear(
+                "v_prediction" if velocity else "epsilon", zero_terminal_snr=velocity and "ztsnr" in weights.shapes
+            ),
+            unet=single_file.unet_component(weights, family),
+            text_encoders=tuple(single_file.text_component(weights, family, slot) for slot in family.encoders),
+            vae=single_file.vae_component(weights, family) if vae is None else _open_vae(Path(vae), family),
+        )
 
 
 def _open_folder(path: Path, vae: str | Path | None) -> TrainingBase:
@@ -150,7 +151,8 @@ def _open_vae(path: Path, family: Family) -> Component:
         return diffusers_folder.folder_vae(path)
     if not path.is_file():
         raise FormatError(f"{path}: no such VAE file or folder; check the path")
-    return single_file.vae_component(Weights.open(path), family)
+    with missing_weights_named(path.name):
+        return single_file.vae_component(Weights.open(path), family)
 
 
 def _download(name: str) -> Path:

@@ -1,6 +1,7 @@
 """Frozen diffusers and transformers modules from named tensors, loaded strictly and without a second copy."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ class Component:
 
     def fit(self, module: nn.Module, tensors: Tensors) -> Tensors:
         """File's tensors under the module's names; IncompatibleModelError unless they are exactly what it needs."""
-        tensors = self.convert(tensors)
+        with missing_weights_named(self.weights.name):
+            tensors = self.convert(tensors)
         if self.kind == "text" and not hasattr(module, "text_model"):
             # transformers 5.6 flattened CLIPTextModel, but not the class with the projection.
             tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
@@ -45,6 +47,17 @@ class Component:
         module.load_state_dict(tensors, strict=True, assign=True)
         _restore_buffers(module)
         return module.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def missing_weights_named(name: str) -> Iterator[None]:
+    """Turn the KeyError of a look-up among a file's weights into a sentence about the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise IncompatibleModelError(
+            f"{name}: the weight {error.args[0]} is missing; expected a complete, unmodified model, choose another file"
+        ) from error
 
 
 def _check_fit(module: nn.Module, tensors: Tensors, name: str, kind: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.errors import ConfigError
+from ..models.errors import ConfigError, DatasetError
 from ..models.families import EncoderSlot, Family
 from ..models.tokens import LearnedToken, check_distinct, random_rows, repeat_to_rows, split_prompt
 
@@ -108,6 +108,7 @@ class PromptEncoder:
 
         Raises:
             ConfigError: a trigger used twice, an initializer without tokens, or ``rows`` of another shape.
+            DatasetError: a learned token comes so late in a prompt that it is cut off.
         """
         check_distinct(tokens)
         self.family = family
@@ -133,7 +134,7 @@ class PromptEncoder:
                     f"learned rows for {slot.key} have the shape {tuple(start.shape)}; "
                     f"expected {(first, table.shape[1])}, use tokens trained on {family.label}"
                 )
-            ids = {number for prompt in prompts for number in self.token_ids(prompt, slot)}
+            ids = {number for prompt in prompts for number in self._complete_ids(prompt, slot)}
             context = sorted(number for number in ids if number < len(table))
             embedding = LearnedTokenEmbedding(table, start, context)
             encoder.set_input_embeddings(embedding)
@@ -195,6 +196,18 @@ class PromptEncoder:
         ids = [self._tokenizer.bos_token_id, *ids[: LENGTH - 2], self._tokenizer.eos_token_id]
         pad = self._tokenizer.eos_token_id if slot.pad_with_end else 0
         return ids + [pad] * (LENGTH - len(ids))
+
+    def _complete_ids(self, prompt: str, slot: EncoderSlot) -> list[int]:
+        """A training prompt's ids; DatasetError when a learned token of it is beyond those that are read."""
+        ids, vocabulary = self.token_ids(prompt, slot), len(self.table(slot.key))
+        for index in {piece for piece in split_prompt(prompt, self._triggers) if isinstance(piece, int)}:
+            token, first = self.tokens[index], vocabulary + self._offsets[index]
+            if not set(range(first, first + token.rows)) <= set(ids):
+                raise DatasetError(
+                    f"token {token.trigger} is not among the first {LENGTH - 2} tokens of the caption "
+                    f"{prompt[:60]!r}…, which are all that is read; shorten the caption or move the token forward"
+                )
+        return ids
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Conditioning for a batch of prompts, with gradient to the learned rows and to any adapters."""
