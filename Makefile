@@ -25,7 +25,8 @@ help:
 setup:
 	@$(PYTHON) tests/setup_environment.py --venv "$(VENV)"
 
-demo: setup
+demo:
+	@$(PYTHON) tests/setup_environment.py --venv "$(VENV)" --clone-comfyui
 	@"$(BIN)/python" tests/demo/run.py $(ARGS)
 
 lint: setup

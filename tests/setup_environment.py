@@ -1,8 +1,8 @@
 """Create the virtual environment of `make demo` and `make test`; standard library only.
 
 When a ComfyUI is found, its own requirements are installed too, so that the demo and the host tests can start it.
-Running again is cheap: a stamp in the environment names what was installed. After cloning a ComfyUI, run this once
-more with COMFYUI_PATH set to it, and the environment gains what that host needs.
+Where none is found, --clone-comfyui tries to clone the release that the tests are pinned to, before anything is
+installed. Running again is cheap: a stamp in the environment names what was installed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
+COMFYUI_REPOSITORY, COMFYUI_RELEASE = "https://github.com/comfyanonymous/ComfyUI", "v0.10.0"
+CLONE_SECONDS = 30
 MINIMUM = (3, 11)
 STAMP = "personalize-installed.txt"
 TORCH_FAMILY = re.compile(r"^(torch|torchvision|torchaudio)\b(?!-)", re.IGNORECASE)
@@ -26,7 +30,9 @@ TORCH_FAMILY = re.compile(r"^(torch|torchvision|torchaudio)\b(?!-)", re.IGNORECA
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the environment (default: .venv)")
-    venv = parser.parse_args().venv.expanduser().absolute()
+    parser.add_argument("--clone-comfyui", action="store_true", help="clone ComfyUI where there is none")
+    arguments = parser.parse_args()
+    venv = arguments.venv.expanduser().absolute()
 
     if sys.version_info < MINIMUM:
         return _refuse(
@@ -37,6 +43,8 @@ def main() -> int:
         host = find_comfyui()
     except FileNotFoundError as error:
         return _refuse(str(error))
+    if host is None and arguments.clone_comfyui:
+        host = clone_comfyui()
     wanted = fingerprint(host)
     stamp = venv / STAMP
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
@@ -56,6 +64,31 @@ def find_comfyui() -> Path | None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.find_comfyui()
+
+
+def clone_comfyui() -> Path | None:
+    """Clone the pinned release into ComfyUI/ in this project, complete or not at all; None, and why, without it."""
+    target = ROOT / "ComfyUI"
+    partial = ROOT / "ComfyUI.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    command = ["git", "clone", "--quiet", "--depth", "1", "--branch", COMFYUI_RELEASE, COMFYUI_REPOSITORY, str(partial)]
+    environment = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    try:
+        options = {"check": True, "capture_output": True, "text": True, "timeout": CLONE_SECONDS}
+        subprocess.run(command, env=environment, **options)
+        partial.rename(target)
+        return target
+    except subprocess.TimeoutExpired:
+        reason = f"not done after {CLONE_SECONDS} s"
+    except subprocess.CalledProcessError as error:
+        said = [line for line in error.stderr.splitlines() if line.startswith("fatal:")]
+        reason = said[0].removeprefix("fatal:").strip() if said else f"status {error.returncode}"
+    except OSError as error:
+        reason = str(error)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"No ComfyUI found, and cloning {COMFYUI_RELEASE} failed ({reason}): going on without one.", flush=True)
+    return None
 
 
 def fingerprint(host: Path | None) -> str:

@@ -12,7 +12,8 @@ def find_comfyui() -> Path | None:
     """Return the ComfyUI folder to use, or None.
 
     COMFYUI_PATH decides alone when it is set and not empty. Otherwise the first of these that holds main.py
-    and comfy/: the one whose custom_nodes holds this project, ../ComfyUI, ~/ComfyUI, ~/comfy/ComfyUI.
+    and comfy/: the one whose custom_nodes holds this project, ../ComfyUI, ~/ComfyUI, ~/comfy/ComfyUI, and the
+    ComfyUI inside this project that `make demo` clones where there is no other.
 
     Raises:
         FileNotFoundError: COMFYUI_PATH is set but no ComfyUI is there.
@@ -25,7 +26,8 @@ def find_comfyui() -> Path | None:
                 "set it to a ComfyUI checkout, or unset it"
             )
         return path
-    candidates = [PROJECT.parent / "ComfyUI", Path.home() / "ComfyUI", Path.home() / "comfy" / "ComfyUI"]
+    home = Path.home()
+    candidates = [PROJECT.parent / "ComfyUI", home / "ComfyUI", home / "comfy" / "ComfyUI", PROJECT / "ComfyUI"]
     if PROJECT.parent.name == "custom_nodes":
         candidates.insert(0, PROJECT.parent.parent)
     return next((path.resolve() for path in candidates if _is_comfyui(path)), None)

@@ -29,7 +29,7 @@ def test_a_folder_without_main_py_does_not_count(finder, tmp_path):
 
 
 def test_nearer_places_come_first(finder, tmp_path, monkeypatch):
-    places = ("home/comfy/ComfyUI", "home/ComfyUI", "work/ComfyUI")
+    places = ("work/project/ComfyUI", "home/comfy/ComfyUI", "home/ComfyUI", "work/ComfyUI")
     for place in places:
         expected = make_comfyui(tmp_path / place)
         assert finder.find_comfyui() == expected

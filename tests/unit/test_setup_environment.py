@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,3 +67,54 @@ def test_it_refuses_in_one_sentence_and_leaves_no_stamp(wrong, sentence, setup, 
     error = capsys.readouterr().err
     assert sentence in error and len(error.strip().splitlines()) == 1
     assert not (venv / setup.STAMP).exists()
+
+
+@pytest.fixture
+def repository(setup, tmp_path, monkeypatch):
+    """A small repository with the wanted release stands for upstream, and a folder of its own for the project."""
+    upstream = tmp_path / "upstream"
+    upstream.mkdir()
+    (upstream / "main.py").touch()
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"], ["tag", setup.COMFYUI_RELEASE]):
+        subprocess.run(["git", "-C", str(upstream), *identity, *words], check=True)
+    (tmp_path / "project").mkdir()
+    monkeypatch.setattr(setup, "ROOT", tmp_path / "project")
+    monkeypatch.setattr(setup, "COMFYUI_REPOSITORY", f"file://{upstream}")
+    return upstream
+
+
+def test_comfyui_is_cloned_into_the_project(setup, repository):
+    cloned = setup.clone_comfyui()
+    assert cloned == setup.ROOT / "ComfyUI"
+    assert (cloned / "main.py").is_file()
+    assert [path.name for path in setup.ROOT.iterdir()] == ["ComfyUI"]
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "reason"),
+    [
+        ("COMFYUI_RELEASE", "v99", "v99"),
+        ("COMFYUI_REPOSITORY", "file:///nowhere/at/all", "nowhere"),
+        ("CLONE_SECONDS", 0.001, "not done after 0.001 s"),
+    ],
+)
+def test_a_failed_clone_is_said_in_one_line_and_leaves_nothing(
+    what, value, reason, setup, repository, monkeypatch, capsys
+):
+    monkeypatch.setattr(setup, what, value)
+    assert setup.clone_comfyui() is None
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 1 and reason in printed
+    assert list(setup.ROOT.iterdir()) == []
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], 0), (["--clone-comfyui"], 1)])
+def test_it_clones_only_when_asked_and_none_is_found(words, expected, setup, tmp_path, monkeypatch):
+    clones = []
+    monkeypatch.setattr(setup, "find_comfyui", lambda: None)
+    monkeypatch.setattr(setup, "clone_comfyui", lambda: clones.append(1))
+    monkeypatch.setattr(setup, "install", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["setup_environment.py", "--venv", str(tmp_path), *words])
+    assert setup.main() == 0
+    assert len(clones) == expected
