@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import tempfile
 import unicodedata
@@ -121,10 +122,11 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         raise FormatError(_unreadable(path, error)) from error
     # torch reports a refused class, a damaged archive and foreign bytes by different exception types.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Its text is not repeated: it advises to read the file without protection.
+        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f"contains {blocked[1]}, which could run code" if blocked else "is damaged or no file of tensors"
         raise FormatError(
-            f"{path.name}: refused, it is damaged or contains objects besides tensors ({reason[:160]}); "
-            "convert it to .safetensors with a tool you trust"
+            f"{path.name}: refused, it {found}; convert it to .safetensors with a tool you trust, or download it again"
         ) from error
     if not isinstance(contents, dict):
         raise FormatError(f"{path.name}: contains a {type(contents).__name__}, expected named tensors")

@@ -87,7 +87,8 @@ def parse_lora(tensors: Mapping[str, Tensor], *, layers_per_block: int = 2) -> d
     leftover = sorted(key for key in tensors if key not in used and not key.startswith("bundle_emb."))
     if leftover:
         raise FormatError(
-            f"{leftover[0]} and {len(leftover) - 1} more keys are not of a plain LoRA; expected lora_down/lora_up pairs"
+            f"{len(leftover)} tensors, such as {leftover[0]}, are not of a plain LoRA; expected lora_down/lora_up "
+            "pairs, choose another file"
         )
     return deltas
 

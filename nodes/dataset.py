@@ -236,6 +236,8 @@ class PersonalizationDataset(io.ComfyNode):
         tokens = _tokens(token[0], initializer[0], rows_per_token[0])
         captions, base_captions = _lines(captions), _lines(base_captions)
         sources = [folder != NO_FOLDER, pictures is not None, images is not None]
+        if not any(sources):
+            raise DatasetError("there are no pictures; choose a folder, or connect Training Picture or images")
         if sum(sources) != 1:
             raise DatasetError(
                 f"pictures come from {sum(sources)} places (folder, Training Picture, images); connect or choose "

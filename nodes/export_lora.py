@@ -4,7 +4,7 @@ import json
 
 from comfy_api.latest import io
 
-from ..models.errors import IncompatibleModelError
+from ..models.errors import FormatError, IncompatibleModelError
 from ..models.families import FAMILIES
 from ..models.formats import read_weights, safe_name, write_safetensors
 from ..models.lora import diffusers_tensors, kohya_tensors, parse_lora
@@ -53,7 +53,10 @@ class ExportLoRA(io.ComfyNode):
     def execute(cls, lora_name, layout, family, output_name, overwrite=False) -> io.NodeOutput:
         path = _host.model_path("loras", lora_name)
         tensors, metadata = read_weights(path)
-        deltas = parse_lora(tensors)
+        try:
+            deltas = parse_lora(tensors)
+        except FormatError as error:
+            raise FormatError(f"{path.name}: {error}") from error
         if family == "auto":
             family = metadata.get("personalize.family") or _family_of(deltas, path.name)
         bundled = {key: value for key, value in tensors.items() if key.startswith("bundle_emb.")}
