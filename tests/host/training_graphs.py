@@ -155,10 +155,35 @@ def sampling(
     return graph
 
 
-def files_below(folder):
-    """Every file below a folder with its size and time of writing, but for the host's log and database."""
+def files_below(base):
+    """Every file of the models, input and output folders with its size and time of writing."""
     return {
-        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.is_symlink() and "user" not in path.parts and path.suffix != ".log"
+        str(path.relative_to(base)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for folder in ("models", "input", "output")
+        for path in sorted((base / folder).rglob("*"))
+        if path.is_file()
     }
+
+
+def the_sentence(message, server, *parts):
+    """Assert that an error message is one short sentence with all of `parts`, and names no folder of the machine."""
+    message = message.strip()
+    assert all(part in message for part in parts), message
+    assert "\n" not in message and "Traceback" not in message and len(message) < 420, message
+    assert str(server.base) not in message, message
+    assert any(mark in message for mark in ";,"), f"says not what to do: {message}"
+
+
+def refused(client, server, graph, *parts):
+    """Run a graph that must fail in one of our nodes, with one sentence and no change to any file."""
+    before = files_below(server.base)
+    run = client.run(graph, timeout=SERVER_TIMEOUT)
+    assert run.status == "error", run.status
+    assert run.error["node_type"].startswith("Personalize")
+    the_sentence(run.error["exception_message"], server, *parts)
+    assert files_below(server.base) == before
+    works = {
+        "empty": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "show": {"class_type": "PreviewImage", "inputs": {"images": ["empty", 0]}},
+    }
+    assert client.run(works).status == "success"
