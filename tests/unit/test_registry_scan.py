@@ -138,3 +138,12 @@ def test_the_registrys_own_lint_passes():
     if "No module named ruff" in result.stderr:
         pytest.skip("ruff is not installed")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_archive_holds_what_the_page_shows():
+    shown = {
+        str(path.relative_to(ROOT))
+        for pattern in ("web/docs/*.md", "workflows/*.json", "workflows/*.jpg", "locales/*/*.json")
+        for path in ROOT.glob(pattern)
+    }
+    assert shown and sorted(shown - set(archive())) == []
