@@ -1,0 +1,264 @@
+"""Training from the command line, in one process and in two, as people start it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from comfyui_personalize.trainers import __main__ as command_line
+from comfyui_personalize.trainers.config import apply_overrides, build, read_toml
+from comfyui_personalize.trainers.dco.config import DCOConfig, DCORun
+from comfyui_personalize.trainers.output import OutputPlace
+
+ROOT = Path(__file__).parents[3]
+RUNNER = ROOT / "tests" / "tiny" / "run_trainer.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def config(tmp_path, tiny_checkpoint):
+    """A TOML file for a short training of an SD1.5 subject."""
+    for index in range(4):
+        picture = Image.effect_noise((72 + 8 * index, 72), 60).convert("RGB")
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        picture.save(tmp_path / "pictures" / f"{index}.png")
+        (tmp_path / "pictures" / f"{index}.txt").write_text(f"a <dog> number {index}")
+    path = tmp_path / "run.toml"
+    path.write_text(f"""
+        device = "cpu"
+        [base]
+        path = '{tiny_checkpoint("sd15")}'
+        [dataset]
+        folder = '{tmp_path / "pictures"}'
+        tokens = [{{ trigger = "<dog>", initializer = "dog" }}]
+        [output]
+        name = "my_dog"
+        folder = '{tmp_path / "out"}'
+        [train]
+        steps = 3
+        batch_size = 2
+        resolution = 64
+        rank = 2
+        beta = 10.0
+        learning_rate = 1e-3
+        text_learning_rate = 1e-3
+        save_precision = "fp32"
+    """)
+    return path
+
+
+@pytest.fixture
+def here(config):
+    """Run in this process, with the number of threads that other processes are given, so that sums are equal."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda *words: command_line.main(["dco", "--config", str(config), *words])
+    torch.set_num_threads(threads)
+
+
+def start(*words, launcher=(), **options):
+    command = [sys.executable, *launcher, str(RUNNER), "dco", "--config", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen(command, cwd="/", env=ENVIRONMENT, **pipes, **options)
+
+
+def finish(process, seconds=180):
+    output, errors = process.communicate(timeout=seconds)
+    return process.returncode, output, errors
+
+
+def lora(tmp_path, name):
+    return load_file(tmp_path / "out" / "loras" / f"{name}.safetensors")
+
+
+def token(tmp_path, name):
+    return load_file(tmp_path / "out" / "embeddings" / f"{name}.safetensors")
+
+
+def losses(tmp_path, name):
+    lines = (tmp_path / "out" / "runs" / name / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+# In this process
+
+
+def test_a_run_from_toml_to_files(config, tmp_path, capsys):
+    assert command_line.main(["dco", "--config", str(config), "train.steps=2", "output.name=other dog"]) == 0
+    output = capsys.readouterr().out
+    assert "2 steps (all steps done)" in output and "saved " in output
+    assert (tmp_path / "out" / "loras" / "other dog.safetensors").is_file()
+    assert (tmp_path / "out" / "embeddings" / "other dog.safetensors").is_file()
+    assert len(losses(tmp_path, "other dog")) == 2
+
+
+def test_overrides_may_stand_anywhere(config):
+    for words in (["dco", "--config", str(config), "device=banana"], ["dco", "device=banana", "--config", str(config)]):
+        assert command_line.main(words) == 1
+
+
+def check_one_line(capsys, part):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"error: .*{part}.*\n", captured.err), captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["train.stepz=5"], "unknown setting.s. stepz in train"),
+        (["train.steps=0"], "DCOConfig.steps must be at least 1, got 0"),
+        (["train.precision=fp16"], "precision fp16 needs a GPU"),
+        (["device=banana"], "device 'banana' cannot be used here"),
+        (["base.path=missing.safetensors"], "missing.safetensors: no such checkpoint"),
+        (["dataset.folder=/nowhere"], "nowhere"),
+        (["dataset.captions=['a cat']"], "contains none of the learned tokens"),
+        (["output.name=../up"], "output name '../up' contains a path separator"),
+        (["base=5"], "base must be a table of settings, got 5"),
+        (["steps"], "'steps' is not an override"),
+    ],
+)
+def test_mistakes_are_one_line(words, part, config, capsys, tmp_path):
+    assert command_line.main(["dco", "--config", str(config), *words]) == 1
+    check_one_line(capsys, part)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_config_file_is_one_line(capsys, tmp_path):
+    assert command_line.main(["dco", "--config", str(tmp_path / "none.toml")]) == 1
+    check_one_line(capsys, "none.toml could not be read")
+
+
+def test_an_unknown_recipe_lists_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(["dreambooth", "--config", "x"])
+    assert caught.value.code == 2 and "dco" in capsys.readouterr().err
+
+
+# The example
+
+
+def test_the_example_is_a_whole_run_with_the_defaults():
+    values = read_toml(ROOT / "trainers" / "dco" / "example.toml")
+    run = build(DCORun, values)
+    assert run.train == DCOConfig()
+    assert isinstance(run.output.place(), OutputPlace)
+    text = (ROOT / "trainers" / "dco" / "example.toml").read_text()
+    assert values["train"].keys() == DCOConfig().as_dict().keys()
+    assert text.startswith(
+        "# python -m comfyui_personalize.trainers dco --config trainers/dco/example.toml train.steps="
+    )
+    for table in ("base", "dataset", "output"):
+        for name in build(DCORun, values).__getattribute__(table).__dataclass_fields__:
+            assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), f"{table}.{name}"
+    assert build(DCORun, apply_overrides(values, ["train.steps=500"])).train.steps == 500
+
+
+# As a program
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(config, tmp_path, here):
+    process = start(config, "train.steps=100000", "output.name=stopped")
+    log = tmp_path / "out" / "runs" / "stopped" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    code, output, errors = finish(process)
+    assert code == 130 and "Traceback" not in errors
+    steps = len(losses(tmp_path, "stopped"))
+    assert f"{steps} steps (cancelled)" in output
+    state = tmp_path / "out" / "runs" / "stopped" / f"state-{steps:08d}.safetensors"
+    assert state.is_file() and lora(tmp_path, "stopped") and token(tmp_path, "stopped")
+
+    assert here(f"train.steps={steps + 2}", "output.name=stopped", "train.resume=true") == 0
+    assert here(f"train.steps={steps + 2}", "output.name=whole") == 0
+    assert losses(tmp_path, "stopped") == losses(tmp_path, "whole")
+    first, second = lora(tmp_path, "stopped"), lora(tmp_path, "whole")
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+# Two processes
+
+TWO = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
+
+
+@pytest.fixture
+def two(free_port):
+    """The launcher of two processes on this machine."""
+    return (*TWO, str(free_port()))
+
+
+@pytest.fixture
+def free_port():
+    """Find a port that nobody listens on."""
+    import socket
+
+    def find():
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            return server.getsockname()[1]
+
+    return find
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [10, 0])
+def test_two_processes_train_like_one_with_twice_the_batch(beta, config, tmp_path, two, here):
+    common = (f"train.beta={beta}", "train.offset_noise=0.1", "train.snr_gamma=5", "train.steps=4")
+    assert here(*common, "train.batch_size=2", "output.name=one") == 0
+    words = ("train.batch_size=1", "output.name=two", "train.preview_every=4", "train.preview_steps=1")
+    pair = finish(start(config, *common, *words, launcher=two))
+    assert pair[0] == 0, pair[2]
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-5)
+    for read in (lora, token):
+        first, second = read(tmp_path, "one"), read(tmp_path, "two")
+        assert first.keys() == second.keys()
+        for name in first:
+            torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=2e-6, msg=lambda m, n=name: n + m)
+    # One writer: a single summary, each file once, and no line of the log twice.
+    assert pair[1].count("all steps done") == 1 and pair[1].count("saved ") == 2
+    assert len(losses(tmp_path, "two")) == 4
+    folder = tmp_path / "out" / "runs" / "two"
+    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "preview-000004.jpg"]
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(config, tmp_path, free_port, here, capsys):
+    def train(*words):
+        code, _, errors = finish(start(config, "train.batch_size=1", *words, launcher=(*TWO, str(free_port()))))
+        assert code == 0, errors
+
+    train("train.steps=4", "output.name=whole")
+    train("train.steps=2", "output.name=parts", "train.checkpoint_every=2")
+    train("train.steps=4", "output.name=parts", "train.checkpoint_every=2", "train.resume=true")
+    assert losses(tmp_path, "parts") == losses(tmp_path, "whole")
+    for read in (lora, token):
+        first, second = read(tmp_path, "whole"), read(tmp_path, "parts")
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    states = sorted(path.name for path in (tmp_path / "out" / "runs" / "parts").glob("state*"))
+    assert states == ["state-00000002.safetensors", "state-00000004.safetensors"]
+    # A single process with this batch size would draw other batches.
+    assert here("train.batch_size=1", "output.name=parts", "train.resume=true") == 1
+    assert "was made with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_the_same_program(config, tmp_path, here):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
+    code, output, errors = finish(start(config, "output.name=launched", launcher=launcher))
+    assert code == 0, errors
+    assert "3 steps (all steps done)" in output
+    assert here("output.name=alone") == 0
+    assert losses(tmp_path, "launched") == losses(tmp_path, "alone")
