@@ -4,8 +4,8 @@ import json
 import os
 import re
 import struct
-import tempfile
 import unicodedata
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,10 +98,13 @@ def _not_safetensors(path: Path, size: int) -> str:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors on the CPU, and the metadata; FormatError as read_header."""
+    """All tensors on the CPU, and the metadata; FormatError as read_header.
+
+    Nothing refers to the file afterwards: Windows replaces no file that is still mapped into memory.
+    """
     header = read_header(path)
     try:
-        return load_file(path), header.metadata
+        return {key: tensor.clone() for key, tensor in load_file(path).items()}, header.metadata
     except SafetensorError as error:
         raise FormatError(
             f"{Path(path).name}: damaged safetensors file ({error}); download or copy it again"
@@ -158,49 +161,25 @@ def write_safetensors(
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=".partial")
-        os.close(handle)
+        temporary = path.parent / f".{path.stem[:40]}.{uuid.uuid4().hex}.partial"
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
         save_file(contiguous, temporary, metadata=dict(metadata))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        # safetensors may have put a file of its own there, which only its owner can read.
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        in_use = isinstance(error, PermissionError) and path.exists()
+        remedy = "close the program that uses the old file," if in_use else "free space"
         raise FormatError(
-            f"{path.name} could not be saved in {path.parent} ({reason}); free space or choose a writable folder"
+            f"{path.name} could not be saved in {path.parent} ({reason}); {remedy} or choose a writable folder"
         ) from error
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a small text file atomically, replacing an older one; FormatError when the disk refuses."""
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=".partial")
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise FormatError(
-            f"{path.name} could not be saved in {path.parent} ({error.strerror}); "
-            "free space or choose a writable folder"
-        ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -255,7 +234,8 @@ def stored_tokens(metadata: Mapping[str, str]) -> tuple[LearnedToken, ...]:
     """The learned tokens that ``describe`` wrote; empty for files of other tools."""
     try:
         return tuple(LearnedToken(**token) for token in json.loads(metadata.get("personalize.tokens", "[]")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ConfigError) as error:
         raise FormatError(
-            f"the token list in the file's metadata is damaged ({error}); save or download it again"
+            f"the file's entry personalize.tokens is damaged ({error}); expected a list of trigger, initializer and "
+            "rows, save or download the file again"
         ) from error

@@ -19,7 +19,7 @@ def validate_trigger(trigger: str) -> str:
     Angle brackets keep a trigger from colliding with ordinary words; parentheses, brackets and
     colons would be read as weights by prompt parsers.
     """
-    if not _TRIGGER.fullmatch(trigger):
+    if not isinstance(trigger, str) or not _TRIGGER.fullmatch(trigger):
         raise ConfigError(
             f"token {trigger!r} is not usable in prompts; write one word in angle brackets without "
             "spaces, commas, colons or brackets, such as <dog>"
@@ -51,6 +51,10 @@ class LearnedToken:
 
     def __post_init__(self) -> None:
         validate_trigger(self.trigger)
+        if not isinstance(self.initializer, str):
+            raise ConfigError(f"token {self.trigger} starts from {self.initializer!r}; give a word, or '' for noise")
+        if not isinstance(self.rows, int) or isinstance(self.rows, bool):
+            raise ConfigError(f"token {self.trigger} has {self.rows!r} rows; give a whole number, at least 1")
         if self.rows < 1:
             raise ConfigError(f"token {self.trigger} has {self.rows} rows; it needs at least 1")
 

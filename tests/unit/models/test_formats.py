@@ -20,7 +20,6 @@ from comfyui_personalize.models.formats import (
     safe_name,
     stored_tokens,
     write_safetensors,
-    write_text,
 )
 from comfyui_personalize.models.tokens import LearnedToken
 
@@ -92,7 +91,7 @@ def test_a_taken_name_is_refused_and_the_file_kept(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("step", ["save_file", "replace", "fsync", "mkstemp"])
+@pytest.mark.parametrize("step", ["save_file", "replace", "fsync", "open"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_disk_that_refuses_leaves_no_trace(tmp_path, monkeypatch, step, code, existing):
     path = tmp_path / "dog.safetensors"
@@ -106,7 +105,7 @@ def test_a_disk_that_refuses_leaves_no_trace(tmp_path, monkeypatch, step, code, 
                 file.write(b"half")
         raise OSError(code, os.strerror(code))
 
-    owner = {"save_file": formats, "replace": formats.os, "fsync": formats.os, "mkstemp": formats.tempfile}[step]
+    owner = {"save_file": formats, "replace": formats.os, "fsync": formats.os, "open": formats.os}[step]
     monkeypatch.setattr(owner, step, refuse)
     with pytest.raises(FormatError, match=f"could not be saved.*{os.strerror(code)}.*writable folder"):
         write_safetensors(path, TENSORS, {"version": "2"}, overwrite=True)
@@ -128,24 +127,30 @@ def test_a_folder_that_is_a_file_is_refused_in_our_words(tmp_path):
     (tmp_path / "folder").write_text("not one")
     with pytest.raises(FormatError, match="could not be saved"):
         write_safetensors(tmp_path / "folder" / "dog.safetensors", TENSORS, {})
-    with pytest.raises(FormatError, match="could not be saved"):
-        write_text(tmp_path / "folder" / "dog.json", "{}")
 
 
-def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    path = write_text(tmp_path / "new" / "state.json", "ältere")
-    write_text(path, "neuere")
-    assert path.read_text(encoding="utf-8") == "neuere"
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_new_files_are_as_readable_as_the_system_says(tmp_path, monkeypatch):
+    mask = os.umask(0o027)
+    try:
+        monkeypatch.setattr(formats.os, "umask", None)  # it holds for all threads, so that nobody may touch it
+        path = write_safetensors(tmp_path / "dog.safetensors", TENSORS, {})
+    finally:
+        monkeypatch.undo()
+        os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o640
 
+
+def test_a_file_that_another_program_holds_open_is_named_as_such(tmp_path, monkeypatch):
     def refuse(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
+    path = write_safetensors(tmp_path / "dog.safetensors", TENSORS, {})
     monkeypatch.setattr(formats.os, "replace", refuse)
-    with pytest.raises(FormatError, match="No space left"):
-        write_text(path, "neueste")
-    monkeypatch.undo()
-    assert [file.name for file in path.parent.iterdir()] == ["state.json"]
-    assert path.read_text(encoding="utf-8") == "neuere"
+    with pytest.raises(FormatError, match="close the program that uses the old file, or choose a writable folder"):
+        write_safetensors(path, TENSORS, {}, overwrite=True)
+    with pytest.raises(FormatError, match="free space or choose a writable folder"):
+        write_safetensors(tmp_path / "new.safetensors", TENSORS, {})
 
 
 # Reading safetensors
@@ -187,6 +192,14 @@ def test_other_files_are_not_taken_for_safetensors(tmp_path, content):
     for read in (read_header, read_safetensors, read_weights):
         with pytest.raises(FormatError, match=r"x\.safetensors: "):
             read(path)
+
+
+def test_what_was_read_no_longer_depends_on_the_file(tmp_path):
+    path = write_safetensors(tmp_path / "dog.safetensors", TENSORS, {})
+    tensors, _ = read_weights(path)
+    with path.open("rb+") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert torch.equal(tensors["a.weight"], TENSORS["a.weight"])
 
 
 def test_random_bytes_are_refused(tmp_path):
@@ -346,6 +359,8 @@ def test_embedding_files_name_their_architecture(family, architecture):
 
 def test_token_lists_of_other_files_are_empty_and_damaged_ones_refused():
     assert stored_tokens({}) == ()
-    for damaged in ("not json", '["<dog>"]', '[{"unknown": 1}]', "5"):
+    wrong = ({"trigger": 5}, {"trigger": "dog"}, {"trigger": "<dog>", "initializer": None})
+    wrong += tuple({"trigger": "<dog>", "rows": rows} for rows in ("2", 1.5, True, 0, None))
+    for damaged in ("not json", '["<dog>"]', '[{"unknown": 1}]', "5", *(json.dumps([token]) for token in wrong)):
         with pytest.raises(FormatError, match="damaged"):
             stored_tokens({"personalize.tokens": damaged})

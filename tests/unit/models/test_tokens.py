@@ -35,6 +35,14 @@ def test_triggers_that_prompts_cannot_carry_are_refused(trigger):
         LearnedToken(trigger)
 
 
+@pytest.mark.parametrize("wrong", [{"initializer": 5}, {"initializer": None}, {"rows": "2"}, {"rows": True}])
+def test_what_a_token_is_made_of_is_checked(wrong):
+    with pytest.raises(ConfigError, match="token <dog>"):
+        LearnedToken("<dog>", **wrong)
+    with pytest.raises(ConfigError, match="such as <dog>"):
+        LearnedToken(5)
+
+
 @pytest.mark.parametrize("rows", [0, -1])
 def test_a_token_owns_at_least_one_row(rows):
     with pytest.raises(ConfigError, match="at least 1"):
