@@ -11,8 +11,8 @@ _SETTINGS = (
     "steps", "learning_rate", "text_learning_rate", "beta", "rank", "batch_size", "gradient_accumulation",
     "resolution", "precision", "gradient_checkpointing", "optimizer", "lr_schedule", "warmup_steps",
     "weight_decay", "max_grad_norm", "snr_gamma", "offset_noise", "prior_loss_weight", "train_text_encoder",
-    "crop", "crop_variants", "flip", "seed", "keep", "save_precision", "preview_every", "preview_prompt",
-    "preview_steps", "preview_guidance", "checkpoint_every", "checkpoint_limit", "resume",
+    "crop", "crop_variants", "flip", "seed", "keep", "save_precision", "bundle_tokens", "preview_every",
+    "preview_prompt", "preview_steps", "preview_guidance", "checkpoint_every", "checkpoint_limit", "resume",
 )  # fmt: skip
 
 
