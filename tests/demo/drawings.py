@@ -40,11 +40,12 @@ def draw_all() -> list[Drawing]:
 
 
 def write_folder(drawings: list[Drawing], folder: Path) -> Path:
-    """The pictures as PNG with their captions in text files beside them."""
+    """The pictures as PNG with their captions in text files beside them, named in their order."""
     folder.mkdir(parents=True, exist_ok=True)
-    for drawing in drawings:
-        drawing.picture.save(folder / f"{drawing.name}.png")
-        (folder / f"{drawing.name}.txt").write_text(drawing.caption, encoding="utf-8")
+    for number, drawing in enumerate(drawings, start=1):
+        path = folder / f"{number}_{drawing.name}.png"
+        drawing.picture.save(path)
+        path.with_suffix(".txt").write_text(drawing.caption, encoding="utf-8")
     return folder
 
 

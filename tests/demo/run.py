@@ -86,7 +86,7 @@ def collect(out: Path, outcome: Outcome, where: str) -> dict[Path, str]:
     sheet = draw_sheet(
         "Reward guidance (DCO) on a tiny model",
         f"Trained and sampled {where}. The base model has random weights, so its pictures are abstract; what they "
-        "show is how the reward scale leads them away from the base model, towards the training pictures.",
+        "show is how the reward scale leads them further and further away from the base model.",
         rows,
     )
     sheet.save(out / "pictures.png")

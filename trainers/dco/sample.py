@@ -17,7 +17,7 @@ from ..base import TrainingBase, open_base
 from ..captions import clean, tokens_in
 from ..conditioning import Conditioning
 from ..config import build
-from ..devices import autocast, dtype_of, free_memory, resolve
+from ..devices import autocast, dtype_of, free_memory, is_out_of_memory, resolve_precision
 from ..personalization import Personalization, open_personalization
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
@@ -56,8 +56,8 @@ def sample_pictures(
     """
     progress = progress or SilentProgress()
     base_prompt = base_prompt_of(config, [token for item in personalizations for token in item.tokens])
-    config = resolve(config, device)
-    dtype = dtype_of(config.precision, device)
+    precision = resolve_precision(config.precision, device)
+    dtype = dtype_of(precision, device)
     width, height = config.width or base.family.resolution, config.height or base.family.resolution
     own_term = style is not None and style.reward_scale != PLAIN and config.reward_scale != PLAIN
     try:
@@ -80,21 +80,22 @@ def sample_pictures(
         cells = (1, _LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         for index, seed in enumerate(seeds):
             noise = torch.randn(cells, generator=torch.Generator().manual_seed(seed)).to(device)
-            with autocast(config.precision, device):
+            with autocast(precision, device):
                 for step, latents in enumerate(sample(scheduler, predict, noise, config.steps), start=1):  # noqa: B007
                     _stop_if(progress)
                     done, total = index * config.steps + step, len(seeds) * config.steps
                     progress.report(done, total, f"picture {index + 1} of {len(seeds)}")
             if not latents.isfinite().all():
                 raise TrainingError(
-                    f"the picture of seed {seed} is not a number in {config.precision}; use fp32 or bf16, "
-                    "or lower the scales"
+                    f"the picture of seed {seed} is not a number in {precision}; use fp32 or bf16, or lower the scales"
                 )
             with torch.no_grad():
                 yield seed, to_pictures(vae.decode(latents.float()))[0]
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(
-            f"out of memory at {width} x {height} in {config.precision}; choose a smaller size, or bf16"
+            f"out of memory at {width} x {height} in {precision}; choose a smaller size, or bf16"
         ) from error
 
 

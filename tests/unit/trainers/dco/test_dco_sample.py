@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from comfyui_personalize.models.errors import ConfigError, FormatError, IncompatibleModelError
+from comfyui_personalize.models.errors import ConfigError, FormatError, IncompatibleModelError, TrainingError
 from comfyui_personalize.models.formats import describe
 from comfyui_personalize.models.lora import kohya_tensors, parse_lora
 from comfyui_personalize.models.tokens import LearnedToken
@@ -314,6 +314,24 @@ def test_pictures_are_not_overwritten_unless_told(tiny_checkpoint, make_lora, tm
     given["output"]["overwrite"] = True
     assert run(given, SilentProgress(), Ranks()) == 0
     assert (tmp_path / "dog_0.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("fails", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory at 64 x 64 in fp32; choose a smaller size"),
+        (None, "the picture of seed 5 is not a number in fp32"),
+    ],
+)
+def test_what_the_device_cannot_do_is_said(fails, sentence, base, make_lora, monkeypatch):
+    def sampler(_scheduler, _predict, noise, _steps):
+        if fails:
+            raise fails
+        yield noise * float("nan")
+
+    monkeypatch.setattr("comfyui_personalize.trainers.dco.sample.sample", sampler)
+    with pytest.raises(TrainingError, match=sentence):
+        draw(base, small(), [settings(make_lora())])
 
 
 class StopsAfter(SilentProgress):
