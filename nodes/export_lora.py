@@ -9,6 +9,7 @@ from ..models.families import FAMILIES
 from ..models.formats import read_weights, safe_name, write_safetensors
 from ..models.lora import diffusers_tensors, kohya_tensors, parse_lora
 from . import _host, _trainer
+from ._choices import first_refusal, known
 
 LAYOUTS = ["kohya (ComfyUI, A1111, Forge)", "diffusers"]
 
@@ -42,8 +43,15 @@ class ExportLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, output_name=None) -> bool | str:
-        return _trainer.check_output_name(output_name)
+    def validate_inputs(cls, output_name=None, lora_name=None, layout=None, family=None) -> bool | str:
+        return first_refusal(
+            [
+                _trainer.check_output_name(output_name),
+                known("LoRA", lora_name, _host.model_files("loras")),
+                known("layout", layout, LAYOUTS),
+                known("family", family, ["auto", *FAMILIES]),
+            ]
+        )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name=None, **_others) -> str:

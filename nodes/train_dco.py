@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..models.errors import ConfigError
 from ..trainers.dco.config import DCOConfig
 from . import _sockets, _trainer
+from ._choices import first_refusal, known_settings
 
 # Append only: workflows store widget values by position.
 _SETTINGS = (
@@ -44,8 +45,19 @@ class TrainDCO(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, output_name=None) -> bool | str:
-        return _trainer.check_output_name(output_name)
+    def validate_inputs(
+        cls,
+        output_name=None,
+        optimizer=None,
+        lr_schedule=None,
+        precision=None,
+        crop=None,
+        keep=None,
+        save_precision=None,
+    ) -> bool | str:
+        chosen = {"optimizer": optimizer, "lr_schedule": lr_schedule, "precision": precision, "crop": crop}
+        chosen |= {"keep": keep, "save_precision": save_precision}
+        return first_refusal([_trainer.check_output_name(output_name), known_settings(DCOConfig, **chosen)])
 
     @classmethod
     def execute(cls, base, dataset, output_name, overwrite=False, stopping=None, **settings) -> io.NodeOutput:

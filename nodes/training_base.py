@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..trainers.stopping import FixedSteps
 from . import _host, _sockets
+from ._choices import first_refusal, known
 
 BASE_VAE = "(from the checkpoint)"
 
@@ -34,6 +35,13 @@ class LoadTrainingBase(io.ComfyNode):
                 ),
             ],
             outputs=[_sockets.Base.Output(display_name="base"), io.String.Output(display_name="description")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, ckpt_name=None, vae_name=None) -> bool | str:
+        vaes = [BASE_VAE, *_host.model_files("vae")]
+        return first_refusal(
+            [known("checkpoint", ckpt_name, _host.model_files("checkpoints")), known("VAE", vae_name, vaes)]
         )
 
     @classmethod

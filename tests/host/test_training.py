@@ -216,7 +216,7 @@ def test_pictures_and_captions_of_the_hosts_dataset_node(client, comfy_server, g
         dataset = {"images": ["set", 0], "captions": ["set", 1]}
         extra = {"set": loader}
     else:
-        inputs = {"folder": "for_host", "clip": ["ckpt", 1]}
+        inputs = {"folder": "for_host", "clip": ["ckpt", 1], "resize_method": "None", "width": -1, "height": -1}
         extra = {"set": {"class_type": "LoadImageTextSetFromFolderNode", "inputs": inputs}, "ckpt": None}
         extra["ckpt"] = graphs.sampling("sd15")["ckpt"]
         dataset = {"images": ["set", 0], "captions": "a photo of a <dog>\na <dog> again"}
