@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -102,12 +102,15 @@ def lora_off(*models: nn.Module) -> Iterator[None]:
     Must not be open during a backward pass: gradient checkpointing would recompute without the adapters.
     Models that have none are left as they are.
     """
-    with ExitStack() as stack:
-        for model in models:
-            if hasattr(model, "peft_config"):
-                model.disable_adapters()
-                stack.callback(model.enable_adapters)
+    # peft's own disable_adapters also rewrites every requires_grad, at twenty times the cost in every step.
+    layers = [m for model in models for m in model.modules() if getattr(m, "_disable_adapters", None) is False]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
         yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @contextmanager

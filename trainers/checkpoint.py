@@ -114,6 +114,24 @@ class Checkpoints:
         return values["step"]
 
 
+def check_states(folder: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> bool:
+    """Whether a run continues an earlier one; refuses to throw away a state that it would not continue.
+
+    Raises:
+        ConfigError: there is a state and neither ``resume`` nor ``overwrite`` is set, or it does not fit.
+        FormatError: the state is damaged.
+    """
+    if resume:
+        return check_resumable(folder, fingerprint)
+    if not overwrite and (states := newest_states(folder)):
+        step = int(states[0].stem.removeprefix("state-"))
+        raise ConfigError(
+            f"there is a training state of {folder.name} from step {step}; turn on resume to continue it, turn on "
+            "overwrite to start anew, or choose another output name"
+        )
+    return False
+
+
 def check_resumable(folder: Path | None, fingerprint: str) -> bool:
     """Whether a run has a state to continue from; only the newest one's header is read.
 

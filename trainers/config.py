@@ -79,8 +79,8 @@ class TrainConfig:
     """Type of the saved LoRA; learned tokens are always saved in fp32."""
     bundle_tokens: bool = False
     """Also put the learned tokens into the LoRA file, so that one file is enough; diffusers refuses such files."""
-    checkpoint_every: int = 0
-    """Write the whole training state every so many steps; 0 writes it only when training is cancelled."""
+    checkpoint_every: int = 500
+    """Write the whole training state every so many steps, to resume from; 0 writes it only at a cancel or failure."""
     checkpoint_limit: int = 2
     """How many training states are kept; older ones are deleted."""
     resume: bool = False
@@ -124,20 +124,23 @@ class TrainConfig:
         """Every setting, fit for JSON; stored in the files that training writes."""
         return dataclasses.asdict(self)
 
-    def resume_fingerprint(self, *more: str) -> str:
+    def resume_fingerprint(self, steps: int, *more: str) -> str:
         """Identity of everything that decides the course of training.
 
-        Equal fingerprints mean that a checkpoint of one run continues the other exactly. How long the run is,
-        what it previews and how often it saves do not take part, unless the schedule depends on the length.
+        Equal fingerprints mean that a checkpoint of one run continues the other exactly. What a run previews and
+        how often it saves do not take part, nor its length, unless the schedule depends on it.
+
+        Args:
+            steps: length of the run.
+            more: identities of base model, pictures and whatever else takes part.
         """
         ignored = {
-            "checkpoint_every", "checkpoint_limit", "resume", "keep", "save_precision", "bundle_tokens",
+            "steps", "checkpoint_every", "checkpoint_limit", "resume", "keep", "save_precision", "bundle_tokens",
             "preview_every", "preview_prompt", "preview_steps", "preview_guidance", "gradient_checkpointing",
         }  # fmt: skip
-        if self.lr_schedule in {"constant", "constant_with_warmup"}:
-            ignored.add("steps")
         settings = {name: value for name, value in self.as_dict().items() if name not in ignored}
-        text = json.dumps([type(self).__name__, settings, *more], sort_keys=True, default=str)
+        length = None if self.lr_schedule in {"constant", "constant_with_warmup"} else steps
+        text = json.dumps([type(self).__name__, settings, length, *more], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models.errors import FormatError, MissingDependencyError, TrainingError
+from ..models.errors import FormatError, MissingDependencyError, PersonalizeError, TrainingError
 from .checkpoint import Checkpoints, Stateful
 from .config import TrainConfig
-from .devices import out_of_memory
+from .devices import free_memory, is_out_of_memory, out_of_memory
 from .progress import Progress, SilentProgress
 from .ranks import Ranks
 from .stopping import FixedSteps, StoppingRule
@@ -74,6 +74,22 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm or math.inf)
 
 
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise MissingDependencyError when the optimizer asked for is not installed."""
+    if config.optimizer == "adamw8bit":
+        _adamw8bit()
+
+
+def _adamw8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise MissingDependencyError(
+            "optimizer 'adamw8bit' needs the package bitsandbytes, which is not installed; install it or use 'adamw'"
+        ) from error
+    return AdamW8bit
+
+
 def make_optimizer(config: TrainConfig, groups: Sequence[ParameterGroup], ranks: Ranks) -> torch.optim.Optimizer:
     """AdamW over the groups, in 8 bits when asked for; MissingDependencyError without bitsandbytes."""
     scale = 1.0
@@ -83,16 +99,8 @@ def make_optimizer(config: TrainConfig, groups: Sequence[ParameterGroup], ranks:
         {"params": list(g.parameters.values()), "lr": g.learning_rate * scale, "weight_decay": g.weight_decay}
         for g in groups
     ]
-    shared = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(settings, **shared)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise MissingDependencyError(
-            "optimizer 'adamw8bit' needs the package bitsandbytes, which is not installed; install it or use 'adamw'"
-        ) from error
-    return AdamW8bit(settings, **shared)
+    optimizer = torch.optim.AdamW if config.optimizer == "adamw" else _adamw8bit()
+    return optimizer(settings, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
 
 
 def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int):
@@ -124,6 +132,7 @@ def train_loop(
     run_folder: Path | None = None,
     fingerprint: str = "",
     preview: Callable[[int], Image.Image | None] | None = None,
+    save: Callable[[TrainResult], None] | None = None,
 ) -> TrainResult:
     """Train the groups' parameters in place until the steps are done, the rule says stop, or the user does.
 
@@ -136,11 +145,15 @@ def train_loop(
         after_step: called after every optimizer step, for instance to retract embeddings.
         run_folder: where the log, the previews and the training states go; None keeps nothing.
         fingerprint: identity of settings and data; a state with another one is not resumed.
-        preview: step number -> picture, or None when the user cancelled meanwhile.
+        preview: step number -> picture, or None when the user cancelled meanwhile. Previews stop, and
+            training goes on, when memory does not suffice for them.
+        save: writes what was learned; called once at the end by the writing process when there is anything to
+            write, whether the run was finished, cancelled or failed.
 
     Raises:
         TrainingError: out of memory, or the very first loss is not a number.
-        FormatError: the log, a preview or a checkpoint could not be written.
+        FormatError: the log, a preview, a checkpoint or the result could not be written. Where the result
+            could not be, the training state is kept, and a run with ``resume`` tries again.
     """
     progress, ranks, state = progress or SilentProgress(), ranks or Ranks(), state or {}
     rule = stopping or FixedSteps()
@@ -162,43 +175,48 @@ def train_loop(
     )
     if config.resume:
         result.steps = checkpoints.load_newest()
-    elif ranks.is_writer:
-        checkpoints.clear()
+        mean_step = float(ranks.mean(torch.tensor(float(result.steps), device=device)))
+        if ranks.any(mean_step != result.steps):
+            raise TrainingError(
+                "the processes resume from different steps; give all of them the same output folder, on a shared disk"
+            )
     log = _Log(run_folder if ranks.is_writer else None, result.steps)
     trained = [parameter for group in groups for parameter in group.parameters.values()]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     progress.report(result.steps, total, "training")
-    seconds, done, skipped = 0.0, 0, 0
+    seconds, done, skipped, note = 0.0, 0, 0, ""
+    failure: PersonalizeError | None = None
+    before: dict[str, dict] = {}
     try:
         while result.steps < total:
             started = time.perf_counter()
             before = {name: other.state_dict() for name, other in state.items()}
             loss = _accumulate(config, step, scaler, progress, ranks)
             if loss is None:
-                # Draws of an unfinished step are taken back, so that a resume repeats them.
-                for name, other in state.items():
-                    other.load_state_dict(before[name])
                 result.stopped_by = "cancelled"
                 break
             norm = _synchronize_and_clip(config, trained, clip_also, optimizer, scaler, ranks)
             if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
                 result.stopped_by = "nan"
                 break
-            skipped = 0 if norm.isfinite() else skipped + 1
-            if skipped > SKIPPED_STEPS_LIMIT:
-                result.stopped_by = "nan"
-                break
             scaler.step(optimizer)
             scaler.update()
-            rate = schedule.get_last_lr()[0]
-            schedule.step()
             optimizer.zero_grad(set_to_none=True)
             for tensor in clip_also:
                 tensor.grad = None
+            if not norm.isfinite():  # the scaler took no step and lowered its scale instead
+                skipped += 1
+                if skipped > SKIPPED_STEPS_LIMIT:
+                    result.stopped_by = "nan"
+                    break
+                continue
+            skipped = 0
+            rate = schedule.get_last_lr()[0]
+            schedule.step()
             if after_step is not None:
                 after_step()
-            result.steps += 1
+            result.steps, before = result.steps + 1, {}
+            if done == 0 and not config.resume and ranks.is_writer:
+                checkpoints.clear()
             result.losses.append(loss)
             seconds, done = seconds + time.perf_counter() - started, done + 1
             log.write(result.steps, loss, rate)
@@ -207,33 +225,81 @@ def train_loop(
             finished = ranks.any(stopper.should_stop(result.steps, loss))
             picture = None
             if preview and config.preview_every and result.steps % config.preview_every == 0 and ranks.is_writer:
-                picture = preview(result.steps)
+                try:
+                    picture = preview(result.steps)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    preview, note = None, " · no more previews: not enough memory"
+                    free_memory(device)
                 if picture is not None:
                     log.save_preview(result.steps, picture)
-            message = f"loss {loss:.4f} · lr {rate:.1e} · {done / seconds:.2f} steps/s"
+            message = f"loss {loss:.4f} · lr {rate:.1e} · {done / seconds:.2f} steps/s{note}"
             progress.report(result.steps, total, message, picture)
             if config.checkpoint_every and result.steps % config.checkpoint_every == 0 and ranks.is_writer:
                 checkpoints.save(result.steps)
             if finished:
                 result.stopped_by = "rule"
                 break
-    except torch.OutOfMemoryError as error:
-        optimizer.zero_grad(set_to_none=True)
-        raise out_of_memory(config, f"at step {result.steps + 1}") from error
+    except PersonalizeError as error:
+        failure = error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = out_of_memory(config, f"at step {result.steps + 1}").with_traceback(None)
     finally:
         log.close()
-    result.steps_per_second = done / seconds if done else 0.0
-    result.peak_memory_bytes = peak_memory(device)
+    # Draws of an unfinished step are taken back, so that a resume repeats them.
+    for name, earlier in before.items():
+        state[name].load_state_dict(earlier)
+    optimizer.zero_grad(set_to_none=True)
     if result.stopped_by == "nan" and not result.steps:
         raise TrainingError(
             "the first loss is not a number; use fp32 or bf16, or check the pictures and the checkpoint"
         )
-    if result.stopped_by == "cancelled" and result.steps and ranks.is_writer:
-        checkpoints.save(result.steps)
-    optimizer.zero_grad(set_to_none=True)
-    if best is not None:
-        result.best_step = best.restore()
+    result.steps_per_second = done / seconds if done else 0.0
+    result.peak_memory_bytes = peak_memory(device)
+    if ranks.is_writer and result.steps:
+        interrupted = failure is not None or result.stopped_by == "cancelled"
+        result.best_step = _keep(result, checkpoints, best, save, failure, interrupted)
+    if failure is not None:
+        raise failure
     return result
+
+
+def _keep(
+    result: TrainResult,
+    checkpoints: Checkpoints,
+    best: "_Best | None",
+    save: Callable[[TrainResult], None] | None,
+    failure: PersonalizeError | None,
+    interrupted: bool,
+) -> int | None:
+    """Write what a run leaves, so that neither a failure nor a full disk loses it; the step of the best weights.
+
+    The state is written when the run is to be continued: after a cancel or failure, or when the result itself
+    could not be saved. Raises the failure, which then says what was kept.
+    """
+    state_error = None
+    if interrupted:
+        try:
+            checkpoints.save(result.steps)
+        except PersonalizeError as error:
+            state_error = error
+    best_step = best.restore() if best is not None else None
+    try:
+        if save is not None:
+            save(result)
+    except PersonalizeError as error:
+        if not interrupted:
+            checkpoints.save(result.steps)
+        kept = "" if state_error else f"; the training state was kept, resume continues from step {result.steps}"
+        raise type(error)(f"{error}{kept}") from error
+    if failure is not None:
+        raise type(failure)(f"{failure} (what was learned in {result.steps} steps was saved)") from failure
+    if state_error is not None:
+        raise state_error
+    return best_step
 
 
 def _accumulate(config, step, scaler, progress, ranks) -> float | None:
@@ -251,16 +317,21 @@ def _accumulate(config, step, scaler, progress, ranks) -> float | None:
 def _synchronize_and_clip(config, trained, clip_also, optimizer, scaler, ranks) -> Tensor:
     """Average the gradients over the ranks, undo the loss scale and clip; the norm before clipping."""
     if ranks.count > 1:
-        for tensor in (*trained, *clip_also):
-            if tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
-            tensor.grad = ranks.mean(tensor.grad)
+        _average_gradients([*trained, *clip_also], ranks)
     scaler.unscale_(optimizer)
     if scaler.is_enabled():
         for tensor in clip_also:
             if tensor.grad is not None:
                 tensor.grad.div_(scaler.get_scale())
     return clip_gradients([*trained, *clip_also], config.max_grad_norm)
+
+
+def _average_gradients(tensors: Sequence[Tensor], ranks: Ranks) -> None:
+    """One exchange for all tensors: a LoRA has a thousand small ones."""
+    flat = torch.cat([(t.grad if t.grad is not None else torch.zeros_like(t)).flatten() for t in tensors])
+    parts = ranks.mean(flat).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.grad = part.view_as(tensor)
 
 
 def peak_memory(device: torch.device) -> int:

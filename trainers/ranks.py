@@ -9,6 +9,8 @@ class Ranks:
 
     index = 0
     count = 1
+    device: torch.device | None = None
+    """This process's own device; None leaves the choice to the settings."""
 
     @property
     def is_writer(self) -> bool:
@@ -32,6 +34,7 @@ class DistributedRanks(Ranks):
         self._state = state
         self.index = state.process_index
         self.count = state.num_processes
+        self.device = state.device
 
     def mean(self, tensor: Tensor) -> Tensor:
         from accelerate.utils import reduce

@@ -73,7 +73,7 @@ def rewarded(
         learned = []
         for reward in rewards:
             with only_adapters(unet, reward.adapters) if reward.adapters else nullcontext():
-                learned.append(predict(unet, x, timestep, reward.conditioning))
+                learned.append(predict(unet, x, timestep, reward.conditioning).float())
         scales = [reward.scale for reward in rewards]
         result = reward_guidance(without, with_text, learned, text_scale=text_scale, reward_scales=scales)
         return rescale_guidance(result, with_text, rescale)
@@ -84,10 +84,13 @@ def rewarded(
 def _text_rows(
     unet: nn.Module, x: Tensor, timestep: Tensor, uncond: Conditioning, text: Conditioning, text_scale: float
 ) -> tuple[Tensor | None, Tensor]:
-    """Predictions without and with text; without text is None at scale 1, where it cancels."""
+    """Predictions without and with text; without text is None at scale 1, where it cancels.
+
+    In float32, so that neither the guidance's sums nor the sampler's steps round to the model's precision.
+    """
     if text_scale == 1:
-        return None, predict(unet, x, timestep, text)
-    return predict(unet, torch.cat([x, x]), timestep, Conditioning.join(uncond, text)).chunk(2)
+        return None, predict(unet, x, timestep, text).float()
+    return predict(unet, torch.cat([x, x]), timestep, Conditioning.join(uncond, text)).float().chunk(2)
 
 
 @torch.no_grad()

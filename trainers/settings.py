@@ -49,17 +49,14 @@ class DatasetSettings:
         """Read and check the pictures and captions."""
         if (self.folder is None) == (self.json is None):
             raise ConfigError("dataset needs either folder or json, and only one of them")
+        if self.json is not None and self.captions:
+            raise ConfigError("dataset has both json and captions; the JSON file's prompts are the captions, drop one")
+        given = {"tokens": self.tokens or None, "base_captions": self.base_captions or None}
         section = self.section or None
         if self.json is not None:
-            dataset = Dataset.from_json(self.json, section)
+            dataset = Dataset.from_json(self.json, section, **given)
         else:
-            dataset = Dataset.from_folder(
-                self.folder,
-                tokens=self.tokens,
-                captions=self.captions or None,
-                base_captions=self.base_captions or None,
-                section=section,
-            )
+            dataset = Dataset.from_folder(self.folder, captions=self.captions or None, section=section, **given)
         if self.class_folder is not None:
             dataset = dataset.with_class_folder(self.class_folder, self.class_captions or None)
         return dataset

@@ -18,8 +18,8 @@ class StoppingRule(Protocol):
     def start(self) -> "StoppingState":
         """A fresh state for one run."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The settings, fit for JSON."""
+    def identity(self) -> str:
+        """What of the rule, besides its limit, decides the course of a run; a resumed run must agree in it."""
 
 
 class StoppingState(Protocol):
@@ -51,8 +51,8 @@ class FixedSteps:
     def start(self) -> "StoppingState":
         return _NeverEarly()
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"rule": "fixed", "steps": self.steps}
+    def identity(self) -> str:
+        return "fixed"
 
 
 class _NeverEarly:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..models.errors import ConfigError, DatasetError
 from ..models.families import EncoderSlot, Family
 from ..models.tokens import LearnedToken, check_distinct, random_rows, repeat_to_rows, split_prompt
+from .dataset import check_tokens_are_new
 
 LENGTH = 77
 """Ids per prompt, start and end included."""
@@ -76,6 +77,27 @@ class LearnedTokenEmbedding(nn.Module):
         leaves = torch.cat([self.context, self.learned]).to(self.weight.dtype)
         fixed = F.embedding(ids.clamp(max=len(self.weight) - 1), self.weight)
         return torch.where(places.unsqueeze(-1) >= 0, F.embedding(places.clamp(min=0), leaves), fixed)
+
+
+def initializer_ids(token: LearnedToken, tokenizer) -> list[int]:
+    """The ids that a token's rows start from; ConfigError when its initializer has none."""
+    # verbose=False: the length is our own concern; an unset one would be reported twice.
+    ids = tokenizer(token.initializer, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ConfigError(
+            f"token {token.trigger} starts from {token.initializer!r}, which has no tokens; "
+            "give a word such as dog, or '' to start from noise"
+        )
+    return ids
+
+
+def check_tokens(tokens: Sequence[LearnedToken], tokenizer) -> None:
+    """Raise ConfigError when a token is an ordinary word already, or starts from nothing; needs no model."""
+    if tokens:
+        check_tokens_are_new(tokens, tokenizer.get_vocab())
+    for token in tokens:
+        if token.initializer:
+            initializer_ids(token, tokenizer)
 
 
 class PromptEncoder:
@@ -241,11 +263,6 @@ class PromptEncoder:
             if token.initializer == "":
                 parts.append(random_rows(torch.randn(token.rows, table.shape[1], generator=generator), table.cpu()))
                 continue
-            ids = self._word_ids(token.initializer)
-            if not ids:
-                raise ConfigError(
-                    f"token {token.trigger} starts from {token.initializer!r}, which has no tokens; "
-                    "give a word such as dog, or '' to start from noise"
-                )
+            ids = initializer_ids(token, self._tokenizer)
             parts.append(repeat_to_rows(table[ids].cpu(), token.rows))
         return torch.cat(parts)

@@ -36,6 +36,12 @@ class Autoencoder:
         self.module.to(device)
         return self
 
+    def parked(self, dtype: torch.dtype) -> "Autoencoder":
+        """Moved to the CPU until pictures are to be decoded; in bfloat16 where a GPU's models run in it."""
+        half = dtype is torch.bfloat16 and self.device.type != "cpu"
+        self.module.to("cpu", torch.bfloat16 if half else torch.float32)
+        return self
+
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents, each (batch, 4, height / 8, width / 8), float32.
 

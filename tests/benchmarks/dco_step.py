@@ -64,8 +64,9 @@ class Ours:
         self.config, self.data, self.device = config, data, device
         generator = torch.Generator().manual_seed(0)
         dtype = dtype_of(config.precision, device)
-        latents = LatentCache.build(data.examples, base.load_vae(dtype, device), size=config.resolution)
-        self.text = TextSide(config, base, data, device=device, generator=generator)
+        vae = base.load_vae(torch.float32, device)
+        latents = LatentCache.build(data.examples, vae, size=config.resolution)
+        self.text = TextSide(config, base, data, base.tokenizer(), device=device, generator=generator)
         self.unet = base.load_unet(dtype, device).requires_grad_(False)
         lora = add_lora(self.unet, config.rank, ATTENTION, generator)
         if config.gradient_checkpointing:
@@ -95,7 +96,7 @@ class Ours:
             self.config,
             latents=batch.latents.to(self.device),
             noise=batch.noise.to(self.device),
-            timesteps=batch.timesteps.to(self.device),
+            timesteps=batch.timesteps,
             policy=policy,
             reference=self.text.reference([example.base_caption for example in instances], time_ids),
             autocast=autocast(self.config.precision, self.device),
@@ -117,7 +118,7 @@ class Authors:
         self.config, self.data, self.device, self.base = config, data, device, base
         self.generator = torch.Generator().manual_seed(0)
         dtype = dtype_of(config.precision, device)
-        self.vae = base.load_vae(dtype, device)
+        self.vae = base.load_vae(torch.float32, device)
         self.pixels = [example.load(config.resolution).pixels for example in data.examples]
         self.tokenizer = base.tokenizer()
         self.encoders = base.load_text_encoders(dtype, device)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import TrainConfig
+from ..config import Crop, TrainConfig
 from ..settings import RunSettings
 
 
@@ -11,6 +11,8 @@ from ..settings import RunSettings
 class DCOConfig(TrainConfig):
     """DCO LoRA with learned tokens. Defaults follow the authors (kyungmnlee/dco, customize.py)."""
 
+    crop: Crop = "random"
+    """Which square of a picture is used. The authors cut a new random one in every step; here several are cached."""
     beta: float = 1000.0
     """Pull towards the base model; the authors use 1000 to 2000. 0 or -1 trains with the plain loss."""
     rank: int = 32

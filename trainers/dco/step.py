@@ -35,7 +35,7 @@ def dco_step(
 
     Args:
         latents, noise: (batch, channels, height, width); the class rows, if any, come last.
-        timesteps: (batch,).
+        timesteps: (batch,); on the CPU, where the schedule is looked up, or on the UNet's device.
         policy: conditioning of all rows for the model being trained.
         reference: conditioning of at least the instance rows for the frozen base; None for the plain loss.
         class_rows: how many rows belong to class pictures.
@@ -43,6 +43,7 @@ def dco_step(
     instance_rows = len(latents) - class_rows
     noisy = schedule.add_noise(latents, noise, timesteps)
     target = schedule.target(latents, noise, timesteps)
+    moments = timesteps.to(latents.device)
     weights = None
     if config.snr_gamma:
         weights = schedule.min_snr_weights(timesteps[:instance_rows], config.snr_gamma)
@@ -52,8 +53,8 @@ def dco_step(
             # Before the policy's pass, so that its adapters are on whenever the backward pass recomputes.
             with torch.no_grad(), lora_off(unet):
                 first = slice(0, instance_rows)
-                base = predict(unet, noisy[first], timesteps[first], reference.first(instance_rows))
-        prediction = predict(unet, noisy, timesteps, policy)
+                base = predict(unet, noisy[first], moments[first], reference.first(instance_rows))
+        prediction = predict(unet, noisy, moments, policy)
     instance, instance_target = prediction[:instance_rows], target[:instance_rows]
     if base is None:
         loss = denoising_error(instance, instance_target, weights)

@@ -8,7 +8,7 @@ from ...models.tokens import remembered_norms, retract
 from ..adapters import TEXT_ATTENTION, add_lora, read_lora
 from ..base import TrainingBase
 from ..conditioning import Conditioning
-from ..dataset import Dataset, check_tokens_are_new
+from ..dataset import Dataset
 from ..devices import dtype_of, free_memory
 from ..loop import ParameterGroup
 from ..text import PromptEmbeds, PromptEncoder
@@ -19,7 +19,9 @@ class TextSide:
     """Turns captions into conditioning for the policy (as trained so far) and for the reference (frozen).
 
     Base captions, and all captions where nothing on the text side is trained, are encoded once; in the
-    latter case the text encoders are released before training starts.
+    latter case the text encoders are released before training starts. Base captions keep the encoding of the
+    untouched encoders while a LoRA is trained on them, as the paper's reference model asks; the authors' code
+    encodes them with the encoders as trained so far.
     """
 
     def __init__(
@@ -27,15 +29,17 @@ class TextSide:
         config: DCOConfig,
         base: TrainingBase,
         dataset: Dataset,
+        tokenizer,
         *,
         prompts: tuple[str, ...] = (),
         device: torch.device,
         generator: torch.Generator,
     ) -> None:
-        """Args: prompts: further prompts that will be asked for, such as those of previews."""
+        """Args:
+        tokenizer: transformers' CLIPTokenizer.
+        prompts: further prompts that will be asked for, such as those of previews.
+        """
         self._device = device
-        tokenizer = base.tokenizer()
-        check_tokens_are_new(dataset.tokens, tokenizer.get_vocab())
         encoders = base.load_text_encoders(dtype_of(config.precision, device), device)
         captions = [example.caption for example in (*dataset.examples, *dataset.class_examples)]
         self._encoder: PromptEncoder | None = PromptEncoder(

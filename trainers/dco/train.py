@@ -1,6 +1,6 @@
 """DCO training from pictures to files, read from top to bottom."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,18 @@ from ..adapters import ATTENTION, add_lora, read_lora
 from ..base import TrainingBase, open_base
 from ..batches import LatentBatches
 from ..cache import LatentCache
-from ..checkpoint import GeneratorState, check_resumable
+from ..checkpoint import GeneratorState, check_states
 from ..config import build
 from ..dataset import Dataset
-from ..devices import autocast, dtype_of, free_memory, out_of_memory, resolve
-from ..loop import ParameterGroup, TrainResult, train_loop
+from ..devices import autocast, dtype_of, free_memory, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
+from ..loop import ParameterGroup, TrainResult, check_optimizer, train_loop
 from ..order import BatchOrder
 from ..output import OutputPlace, save_personalization
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
 from ..settings import pick_device
-from ..stopping import StoppingRule
+from ..stopping import FixedSteps, StoppingRule
+from ..text import check_tokens
 from .config import DCOConfig, DCORun
 from .preview import Previews
 from .step import dco_step
@@ -52,6 +53,7 @@ def train(
     progress: Progress | None = None,
     ranks: Ranks | None = None,
     metadata: Mapping[str, str] | None = None,
+    before_loading: Callable[[], None] | None = None,
 ) -> DCOResult:
     """Train a LoRA, and the dataset's learned tokens, with the DCO loss.
 
@@ -61,6 +63,8 @@ def train(
 
     Args:
         metadata: further entries for the saved files, such as the workflow.
+        before_loading: called when everything that can be checked beforehand has been, for instance to free the
+            device of other models.
 
     Raises:
         PersonalizeError: any of its kinds, before a model is loaded where the cause can be known by then.
@@ -69,17 +73,25 @@ def train(
     if not ranks.is_writer:
         progress = FollowerProgress(progress)
     config = resolve(config, device)
-    rule = "" if stopping is None else str(stopping.as_dict())
-    fingerprint = config.resume_fingerprint(base.fingerprint, dataset.fingerprint, rule, str(ranks.count))
+    rule = stopping or FixedSteps()
+    fingerprint = config.resume_fingerprint(
+        rule.limit(config.steps), base.fingerprint, dataset.fingerprint, rule.identity(), str(ranks.count)
+    )
     dtype = dtype_of(config.precision, device)
-    resumed = config.resume and check_resumable(place.run_folder, fingerprint)
+    resumed = check_states(place.run_folder, fingerprint, resume=config.resume, overwrite=place.overwrite)
     place.check(dataset.tokens, may_exist=resumed)
+    check_optimizer(config)
+    tokenizer = base.tokenizer()
+    check_tokens(dataset.tokens, tokenizer)
+    if before_loading is not None:
+        before_loading()
+    reset_peak_memory(device)
     side = config.resolution or base.family.resolution
     preview_prompt = config.preview_prompt or dataset.examples[0].caption
     generator = torch.Generator().manual_seed(config.seed)
     cancelled = False
     try:
-        vae = base.load_vae(dtype, device)
+        vae = base.load_vae(torch.float32, device)  # once per picture: no reason to round what training aims at
         cuts = {
             "size": side,
             "crop": config.crop,
@@ -90,18 +102,20 @@ def train(
         }
         latents = LatentCache.build(dataset.examples, vae, **cuts)
         class_latents = LatentCache.build(dataset.class_examples, vae, **cuts) if dataset.class_examples else None
-        vae = vae.to("cpu") if config.preview_every and ranks.is_writer else None
+        vae = vae.parked(dtype) if config.preview_every and ranks.is_writer else None
         free_memory(device)
         if progress.cancelled():
             raise Cancelled
         progress.report(0, 1, "encoding captions")
-        text = TextSide(config, base, dataset, prompts=(preview_prompt,), device=device, generator=generator)
+        text = TextSide(config, base, dataset, tokenizer, prompts=(preview_prompt,), device=device, generator=generator)
         if progress.cancelled():
             raise Cancelled
         unet = base.load_unet(dtype, device).requires_grad_(False)
     except Cancelled:
         cancelled = True
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise out_of_memory(config, "while loading the model and encoding pictures and captions") from error
     if ranks.any(cancelled):  # in all processes or in none, or the others would wait for this one for ever
         return DCOResult(TrainResult(stopped_by="cancelled"))
@@ -130,7 +144,7 @@ def train(
             config,
             latents=batch.latents.to(device),
             noise=batch.noise.to(device),
-            timesteps=batch.timesteps.to(device),
+            timesteps=batch.timesteps,
             policy=policy,
             reference=reference,
             class_rows=len(classes),
@@ -142,25 +156,10 @@ def train(
         time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=device) if sized else None
         return text.reference([""], time_ids), text.policy([preview_prompt], time_ids)
 
-    previews = Previews(config, unet, vae, schedule, preview_conditioning, side=side, device=device, progress=progress)
-    result = train_loop(
-        config,
-        [ParameterGroup("unet", unet_lora, config.learning_rate, config.weight_decay), *text.groups],
-        step,
-        device=device,
-        state={"generator": GeneratorState(generator), "order": order},
-        clip_also=text.clip_also,
-        after_step=text.retract,
-        stopping=stopping,
-        progress=progress,
-        ranks=ranks,
-        run_folder=place.run_folder,
-        fingerprint=fingerprint,
-        preview=previews.make,
-    )
-    files = []
-    if result.steps and ranks.is_writer:
-        files = save_personalization(
+    files: list[Path] = []
+
+    def save(finished: TrainResult) -> None:
+        files[:] = save_personalization(
             place,
             read_lora(unet, "unet") | text.read_lora(),
             text.rows(),
@@ -171,13 +170,31 @@ def train(
             overwrite=place.overwrite or resumed,
             extra=metadata,
         )
+
+    previews = Previews(config, unet, vae, schedule, preview_conditioning, side=side, device=device, progress=progress)
+    result = train_loop(
+        config,
+        [ParameterGroup("unet", unet_lora, config.learning_rate, config.weight_decay), *text.groups],
+        step,
+        device=device,
+        state={"generator": GeneratorState(generator), "order": order},
+        clip_also=text.clip_also,
+        after_step=text.retract,
+        stopping=rule,
+        progress=progress,
+        ranks=ranks,
+        run_folder=place.run_folder,
+        fingerprint=fingerprint,
+        preview=previews.make,
+        save=save,
+    )
     return DCOResult(result, tuple(files), previews.last)
 
 
 def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
     """The command line's ``dco`` recipe; values as in example.toml."""
     settings = build(DCORun, values)
-    device = pick_device(settings.device)
+    device = ranks.device or pick_device(settings.device)
     dataset = settings.dataset.open()
     base = open_base(settings.base.path, vae=settings.base.vae or None, tokenizer=settings.base.tokenizer or None)
     result = train(
