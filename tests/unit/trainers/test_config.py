@@ -178,24 +178,24 @@ UNDECISIVE = {
 
 @pytest.mark.parametrize(("name", "value"), [*UNDECISIVE.items(), ("steps", 7)])
 def test_what_does_not_decide_the_course_may_change_before_a_resume(name, value):
-    assert DCOConfig(**{name: value}).resume_fingerprint("base") == DCOConfig().resume_fingerprint("base")
+    assert DCOConfig(**{name: value}).resume_fingerprint(100, "base") == DCOConfig().resume_fingerprint(100, "base")
 
 
 def test_everything_else_makes_another_run():
     defaults = DCOConfig().as_dict()
-    others = {"optimizer": "adamw8bit", "crop": "random", "precision": "bf16", "token_norm": "authors", "beta": 500.0,
+    others = {"optimizer": "adamw8bit", "crop": "center", "precision": "bf16", "token_norm": "authors", "beta": 500.0,
               "lr_schedule": "cosine", "adam_beta1": 0.5, "adam_beta2": 0.5, "text_weight_decay": 0.5}  # fmt: skip
-    seen = {DCOConfig().resume_fingerprint("base")}
+    seen = {DCOConfig().resume_fingerprint(100, "base")}
     names = defaults.keys() - UNDECISIVE.keys() - {"steps"}
     for name in names:
         default = defaults[name]
         value = others[name] if name in others else not default if isinstance(default, bool) else default + 64
-        seen.add(DCOConfig(**{name: value}).resume_fingerprint("base"))
+        seen.add(DCOConfig(**{name: value}).resume_fingerprint(100, "base"))
     assert len(seen) == len(names) + 1
-    assert DCOConfig().resume_fingerprint("another base") not in seen
+    assert DCOConfig().resume_fingerprint(100, "another base") not in seen
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
 def test_the_length_decides_where_the_schedule_depends_on_it(schedule):
-    runs = [DCOConfig(steps=steps, lr_schedule=schedule).resume_fingerprint() for steps in (100, 200)]
+    runs = [DCOConfig(steps=steps, lr_schedule=schedule).resume_fingerprint(steps) for steps in (100, 200)]
     assert runs[0] != runs[1]

@@ -488,8 +488,8 @@ class LossBudget:
     def start(self):
         return _Spent(self.budget)
 
-    def as_dict(self):
-        return {"rule": "budget", "budget": self.budget}
+    def identity(self):
+        return f"budget {self.budget}"
 
 
 class _Spent:

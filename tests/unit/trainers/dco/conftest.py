@@ -25,6 +25,7 @@ SETTINGS = {
     "learning_rate": 1e-3,
     "text_learning_rate": 1e-3,
     "resolution": 64,
+    "crop": "center",
     "rank": 4,
     "beta": 10.0,
     "precision": "fp32",

@@ -205,8 +205,8 @@ def test_the_autoencoder_has_left_before_training(previews, tiny, monkeypatch):
 
     def load_vae(*arguments):
         vae = load(*arguments)
-        move = vae.to
-        vae.to = lambda device: moves.append(str(device)) or move(device)
+        move = vae.module.to
+        vae.module.to = lambda *to, **more: moves.append(str(to[0])) or move(*to, **more)
         alive.append(weakref.ref(vae.module))
         return vae
 
