@@ -21,10 +21,10 @@ GROUP_TITLE = 60  # from the top edge of a group to its nodes
 
 # Width and smallest height, with room for the previews of samplers; 0 is the height that the page gives.
 SIZES = {
-    "PersonalizeTrainingPicture": (310, 490),
-    "PersonalizePersonalizationDataset": (310, 490),
-    "PersonalizeLoadTrainingBase": (440, 0),
-    "PersonalizeTrainDCO": (440, 0),
+    "PersonalizeTrainingPicture": (310, 460),
+    "PersonalizePersonalizationDataset": (310, 340),
+    "PersonalizeLoadTrainingBase": (310, 0),
+    "PersonalizeTrainDCO": (440, 1020),
     "PersonalizeLoadDCOLoRA": (340, 0),
     "PersonalizeRewardGuider": (340, 0),
     "PersonalizeKSamplerRewardGuidance": (340, 640),
@@ -36,13 +36,13 @@ SIZES = {
     "EmptyLatentImage": (340, 0),
     "SamplerCustomAdvanced": (420, 340),
     "VAEDecode": (420, 0),
-    "SaveImage": (420, 350),
+    "SaveImage": (420, 335),
 }
 COLOURS = {"Personalized prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533")}
 
 NOTE_SIZES = {
-    "dco_train_subject": (420, 230),
-    "dco_train_style": (420, 230),
+    "dco_train_subject": (420, 215),
+    "dco_train_style": (420, 215),
     "dco_reward_guidance": (340, 180),
     "dco_subject_in_style": (340, 130),
 }
@@ -79,13 +79,13 @@ The LoRA goes to *models/loras* as *my_style*. Press R, then name the style in y
 NOTE = 0
 LAYOUTS: dict[str, list[tuple[str, list[list[int]]]]] = {
     "dco_train_subject": [
-        ("Pictures", [[1, 4], [2, 5], [3, 6]]),
-        ("Training", [[7, 8]]),
+        ("Pictures and base model", [[1, 4], [2, 5], [3, 6, 7]]),
+        ("Training", [[8]]),
         ("Result", [[10, 9, NOTE]]),
     ],
     "dco_train_style": [
-        ("Pictures", [[1, 2]]),
-        ("Training", [[3, 4]]),
+        ("Pictures and base model", [[1, 2, 3]]),
+        ("Training", [[4]]),
         ("Result", [[6, 5, NOTE]]),
     ],
     "dco_reward_guidance": [
