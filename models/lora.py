@@ -1,5 +1,6 @@
 """Low-rank adaptation evaluated beside a frozen weight, y = Wx + s·BAx, and its file formats."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class LowRankDelta:
 
     def linear(self, x: Tensor) -> Tensor:
         """s·BAx for x (..., in) -> (..., out)."""
-        return F.linear(F.linear(x, self.down.flatten(1)), self.up.flatten(1)) * self.scale
+        return F.linear(self._scaled(F.linear(x, self.down.flatten(1))), self.up.flatten(1))
 
     def conv2d(self, x: Tensor, *, stride, padding, dilation) -> Tensor:
         """The same for a convolution, x (batch, in, height, width)."""
@@ -44,7 +45,11 @@ class LowRankDelta:
             hidden = F.conv2d(hidden, self.mid, stride=stride, padding=padding, dilation=dilation)
         else:
             hidden = F.conv2d(x, self.down, stride=stride, padding=padding, dilation=dilation)
-        return F.conv2d(hidden, self.up) * self.scale
+        return F.conv2d(self._scaled(hidden), self.up)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        # Between A and B there are rank channels, behind B a hundred times as many.
+        return hidden if self.scale == 1.0 else hidden * self.scale
 
 
 _DOWN_UP = (
@@ -63,12 +68,43 @@ _KOHYA_PREFIXES = {
 }
 
 
-def parse_lora(tensors: Mapping[str, Tensor], *, layers_per_block: int = 2) -> dict[str, LowRankDelta]:
+_MATRICES = (*(suffix for pair in _DOWN_UP for suffix in pair), ".lora_mid.weight", ".lora_A", ".lora_B")
+
+
+def check_low_rank(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise FormatError when a LoRA's tensors cannot be its parts, as in damaged files; other tensors pass.
+
+    Args:
+        tensors: in any layout.
+        name: file name, for the message.
+    """
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha"):
+            if tensor.numel() != 1 or not math.isfinite(tensor):
+                raise FormatError(f"{name}: {key} is not a finite number; the file is damaged, download it again")
+        elif key.endswith(_MATRICES) and (tensor.ndim < 2 or not tensor.numel()):
+            shape = "×".join(map(str, tensor.shape)) or "a single number"
+            raise FormatError(
+                f"{name}: {key} is {shape}, expected a matrix of rank 1 or more; the file is damaged, download it again"
+            )
+
+
+def parse_lora(
+    tensors: Mapping[str, Tensor], name: str = "LoRA", *, layers_per_block: int = 2
+) -> dict[str, LowRankDelta]:
     """Plain LoRAs of diffusers, peft or kohya layout -> change per layer, under diffusers' dotted module names.
 
-    Names start with ``unet.``, ``text_encoder.`` or ``text_encoder_2.``. Raises FormatError when a
-    tensor belongs to something other than a plain LoRA, so that nothing is dropped in silence.
+    Names start with ``unet.``, ``text_encoder.`` or ``text_encoder_2.``.
+
+    Args:
+        tensors: contents of the file; ``bundle_emb.*`` entries are passed over.
+        name: file name, for messages.
+
+    Raises:
+        FormatError: a tensor belongs to something other than a plain LoRA, so that nothing is dropped in
+            silence, or its shape cannot be.
     """
+    check_low_rank(tensors, name)
     deltas, used = {}, set()
     for key, down in tensors.items():
         for down_suffix, up_suffix in _DOWN_UP:
@@ -77,18 +113,20 @@ def parse_lora(tensors: Mapping[str, Tensor], *, layers_per_block: int = 2) -> d
             stem = key[: -len(down_suffix)]
             up_key, alpha_key, mid_key = stem + up_suffix, stem + ".alpha", stem + ".lora_mid.weight"
             if up_key not in tensors:
-                raise FormatError(f"LoRA key {key} has no partner {up_key}; the file is incomplete")
+                raise FormatError(f"{name}: {key} has no partner {up_key}; the file is incomplete, download it again")
+            up, mid = tensors[up_key], tensors.get(mid_key)
+            middle = down.shape[:1] * 2 if mid is None else mid.shape[:2]
+            if (up.shape[1], down.shape[0]) != tuple(middle):
+                raise FormatError(f"{name}: {key} and {up_key} differ in rank; the file is damaged, download it again")
             alpha = float(tensors[alpha_key]) if alpha_key in tensors else float(down.shape[0])
-            deltas[_module_name(stem, layers_per_block)] = LowRankDelta(
-                down, tensors[up_key], alpha / down.shape[0], tensors.get(mid_key)
-            )
+            deltas[_module_name(stem, layers_per_block)] = LowRankDelta(down, up, alpha / down.shape[0], mid)
             used |= {key, up_key, alpha_key, mid_key}
             break
     leftover = sorted(key for key in tensors if key not in used and not key.startswith("bundle_emb."))
     if leftover:
         raise FormatError(
-            f"{len(leftover)} tensors, such as {leftover[0]}, are not of a plain LoRA; expected lora_down/lora_up "
-            "pairs, choose another file"
+            f"{name}: {len(leftover)} tensors, such as {leftover[0]}, are not of a plain LoRA; expected "
+            "lora_down/lora_up pairs, choose another file"
         )
     return deltas
 

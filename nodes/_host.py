@@ -55,6 +55,18 @@ def file_version(*paths: Path | None) -> str:
     return "|".join(parts)
 
 
+def _hidden_roots() -> list[str]:
+    """What messages need not say of a path: the host's own folders, and those above its folders of models.
+
+    The latter may lie anywhere, as extra_model_paths.yaml says.
+    """
+    roots = {folder_paths.get_input_directory(), folder_paths.get_output_directory(), folder_paths.models_dir}
+    for kind in ("checkpoints", "vae", "loras", "embeddings"):
+        parents = (Path(folder).parent for folder in folder_paths.get_folder_paths(kind))
+        roots |= {str(parent) for parent in parents if parent != parent.parent}
+    return sorted(roots, key=len, reverse=True)
+
+
 @contextmanager
 def short_paths() -> Iterator[None]:
     """Name files in our error messages relative to the host's folders: whoever posts workflows sees the messages."""
@@ -62,8 +74,7 @@ def short_paths() -> Iterator[None]:
         yield
     except PersonalizeError as error:
         message = str(error)
-        roots = (folder_paths.get_input_directory(), folder_paths.get_output_directory(), folder_paths.models_dir)
-        for folder in roots:
+        for folder in _hidden_roots():
             message = message.replace(f"{folder}{os.sep}", "")
         raise type(error)(message) from error
 

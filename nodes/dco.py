@@ -1,6 +1,6 @@
 """DCO nodes: load what was trained, and sample with reward guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import comfy.samplers
@@ -9,12 +9,10 @@ from comfy_api.latest import io
 from ..models.formats import read_header, read_weights
 from ..models.learned_embeddings import (
     BUNDLE,
-    LearnedEmbedding,
-    embeddings_from_tensors,
     files_of_tokens,
     parse_triggers,
     read_learned_embeddings,
-    read_several,
+    tokens_of_lora,
 )
 from . import _host
 from .learned_tokens import teach
@@ -22,22 +20,10 @@ from .lora_layers import match_lora
 from .reward_guidance import RewardGuider, sample_latent
 from .switchable_lora import SwitchableLora, attach, require_unet
 
-_AUTHORS_LORA, _AUTHORS_TOKENS = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 
-
-def _token_files(lora_path, metadata) -> list[Path]:
-    """Files with the tokens that belong to a LoRA but are not part of it: the authors' or ours."""
-    if lora_path.name == _AUTHORS_LORA and (lora_path.parent / _AUTHORS_TOKENS).is_file():
-        return [lora_path.parent / _AUTHORS_TOKENS]
-    # A token file of the same name only counts for a LoRA that says it has tokens.
-    return files_of_tokens(lora_path, metadata, lambda name: _host.find_model_file("embeddings", name))
-
-
-def _lora_tokens(path, tensors, metadata, triggers: list[str]) -> list[LearnedEmbedding]:
-    """The learned tokens of a LoRA: bundled, or in the files beside it."""
-    if any(key.startswith(BUNDLE) for key in tensors):
-        return embeddings_from_tensors(path, tensors, metadata, triggers)
-    return read_several(_token_files(path, metadata), triggers)
+def _token_files(path: Path, metadata: Mapping[str, str]) -> list[Path]:
+    """Files with the tokens that belong to a LoRA but are not part of it."""
+    return files_of_tokens(path, metadata, lambda name: _host.find_model_file("embeddings", name))
 
 
 def _known(kind: str, name: str | None, names: Sequence[str]) -> bool | str:
@@ -118,7 +104,11 @@ class LoadDCOLoRA(io.ComfyNode):
         require_unet(model)
         path = _host.model_path("loras", lora_name)
         tensors, metadata = read_weights(path)
-        embeddings = _lora_tokens(path, tensors, metadata, parse_triggers(tokens))
+        triggers, files = parse_triggers(tokens), _token_files(path, metadata)
+        bundled = any(key.startswith(BUNDLE) for key in tensors)
+        # Without a CLIP nothing can be taught, and so nothing is missed.
+        wanted = clip is not None or triggers or bundled or files
+        embeddings = tokens_of_lora(path, tensors, metadata, () if bundled else files, triggers) if wanted else []
         matched = match_lora(path.name, tensors, metadata, model, clip)
         if clip is not None and embeddings:
             clip = teach(clip, embeddings, path.name)

@@ -1,10 +1,11 @@
 """The same LoRA in the layout that another program expects."""
 
 import json
+from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..models.errors import FormatError, IncompatibleModelError
+from ..models.errors import IncompatibleModelError
 from ..models.families import FAMILIES
 from ..models.formats import read_weights, safe_name, write_safetensors
 from ..models.lora import diffusers_tensors, kohya_tensors, parse_lora
@@ -59,12 +60,15 @@ class ExportLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name, layout, family, output_name, overwrite=False) -> io.NodeOutput:
+        with _host.short_paths():
+            written = cls._export(lora_name, layout, family, output_name, overwrite)
+        return io.NodeOutput(written.name, ui={"text": [f"saved {written.name}"]})
+
+    @classmethod
+    def _export(cls, lora_name, layout, family, output_name, overwrite) -> Path:
         path = _host.model_path("loras", lora_name)
         tensors, metadata = read_weights(path)
-        try:
-            deltas = parse_lora(tensors)
-        except FormatError as error:
-            raise FormatError(f"{path.name}: {error}") from error
+        deltas = parse_lora(tensors, path.name)
         if family == "auto":
             family = metadata.get("personalize.family") or _family_of(deltas, path.name)
         bundled = {key: value for key, value in tensors.items() if key.startswith("bundle_emb.")}
@@ -75,10 +79,9 @@ class ExportLoRA(io.ComfyNode):
             converted = diffusers_tensors(deltas)
         folder = _host.save_folder("loras")
         metadata = metadata | {"personalize.exported_from": json.dumps(path.name)}
-        written = write_safetensors(
+        return write_safetensors(
             folder / f"{safe_name(output_name)}.safetensors", converted, metadata, overwrite=overwrite
         )
-        return io.NodeOutput(written.name, ui={"text": [f"saved {written.name}"]})
 
 
 def _family_of(deltas, name: str) -> str:

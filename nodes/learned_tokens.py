@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from comfy.sd1_clip import SDTokenizer
 from torch import Tensor
 
-from ..models.errors import IncompatibleModelError
-from ..models.learned_embeddings import ANY, ENCODERS, LearnedEmbedding
+from ..models.learned_embeddings import ENCODERS, LearnedEmbedding
 from ..models.tokens import replace_triggers
 
 
@@ -61,27 +60,10 @@ def teach(clip, embeddings: Sequence[LearnedEmbedding], name: str):
     widths = encoder_widths(clip)
     by_encoder: dict[str, dict[str, Tensor]] = {key: {} for key in widths}
     for embedding in embeddings:
-        for key, rows in _fitted(embedding, widths, name).items():
+        for key, rows in embedding.fit(widths, name).items():
             by_encoder[key][embedding.trigger.lower()] = rows
     taught = clip.clone()
     taught.tokenizer = copy.copy(clip.tokenizer)
     for key, rows in by_encoder.items():
         setattr(taught.tokenizer, key, _with_tokens(getattr(clip.tokenizer, key), rows))
     return taught
-
-
-def _fitted(embedding: LearnedEmbedding, widths: dict[str, int], name: str) -> dict[str, Tensor]:
-    rows = embedding.rows
-    if set(rows) == {ANY}:
-        width = rows[ANY].shape[1]
-        rows = {key: rows[ANY] for key, expected in widths.items() if expected == width}
-        found = f"one of width {width}"
-    else:
-        found = " and ".join(f"{key} of width {tensor.shape[1]}" for key, tensor in rows.items())
-    if not widths or any(key not in rows or rows[key].shape[1] != width for key, width in widths.items()):
-        expected = " and ".join(f"{key} of width {width}" for key, width in widths.items()) or "no CLIP text encoder"
-        raise IncompatibleModelError(
-            f"{name}: token {embedding.trigger} was trained for other text encoders ({found}), but this CLIP has "
-            f"{expected}; load the checkpoint family that the token was trained on"
-        )
-    return {key: rows[key] for key in widths}

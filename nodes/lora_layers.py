@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.errors import FormatError, IncompatibleModelError
-from ..models.lora import LowRankDelta
+from ..models.lora import LowRankDelta, check_low_rank
 
 _PEFT_ROOTS = ("", "unet.", "base_model.model.", "unet.base_model.model.")
 _SUFFIX = re.compile(
@@ -58,7 +58,7 @@ def match_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
     Raises:
         IncompatibleModelError: nothing fits, or a layer of that name has another shape.
-        FormatError: the host has no arithmetic for the file's tensors.
+        FormatError: the file is damaged, or the host has no arithmetic for its tensors.
     """
     tensors = {key: value for key, value in tensors.items() if not key.startswith("bundle_emb.")}
     if magnitude := next((key for key in tensors if "lora_magnitude_vector" in key), None):
@@ -67,6 +67,7 @@ def match_lora(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
             "convert it to the layout with dora_scale, or train a plain LoRA"
         )
     tensors = comfy.lora_convert.convert_lora(tensors)
+    check_low_rank(tensors, name)
     stems = {_SUFFIX.sub("", key) for key in tensors if _SUFFIX.search(key)}
     unet_names = _unet_names(model)
     text_names = {} if clip is None else _text_names(clip)
@@ -243,7 +244,7 @@ def _fits(patch: Any, shape: torch.Size, key: str) -> bool:
     weight = torch.ones(shape, device=device)
     try:
         comfy.lora.calculate_weight([(1.0, patch, 1.0, None, watch)], weight, key)
-    except RuntimeError:  # factors that do not even fit each other
+    except (RuntimeError, IndexError, ZeroDivisionError):  # factors that do not even fit each other, or are empty
         return False
     return seen == [shape]
 

@@ -10,18 +10,9 @@ from torch import Tensor
 from ..models.errors import ConfigError, FormatError, IncompatibleModelError
 from ..models.families import FAMILIES, Family
 from ..models.formats import read_header, read_weights, stored_tokens
-from ..models.learned_embeddings import (
-    ANY,
-    BUNDLE,
-    LearnedEmbedding,
-    embeddings_from_tensors,
-    files_of_tokens,
-    read_several,
-)
+from ..models.learned_embeddings import AUTHORS_LORA, BUNDLE, LearnedEmbedding, files_of_tokens, tokens_of_lora
 from ..models.lora import LowRankDelta, parse_lora
 from ..models.tokens import LearnedToken
-
-_AUTHORS_LORA, _AUTHORS_TOKENS = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +56,7 @@ class Personalization:
         Raises:
             IncompatibleModelError: an encoder has no rows, or rows of another width.
         """
-        parts = [_fitted(embedding, widths, self.name) for embedding in self.embeddings]
+        parts = [embedding.fit(widths, self.name) for embedding in self.embeddings]
         return {key: torch.cat([part[key] for part in parts]) for key in widths}
 
 
@@ -77,7 +68,7 @@ def open_personalization(settings: PersonalizationSettings, family: Family) -> P
         IncompatibleModelError: the file says that it was trained on another family.
         ConfigError: the given tokens do not suit the rows.
     """
-    path = settings.path / _AUTHORS_LORA if settings.path.is_dir() else settings.path
+    path = settings.path / AUTHORS_LORA if settings.path.is_dir() else settings.path
     if not path.is_file():
         raise FormatError(f"{path}: no such LoRA file; check the path")
     tensors, metadata = read_weights(path)
@@ -93,7 +84,7 @@ def open_personalization(settings: PersonalizationSettings, family: Family) -> P
         LearnedToken(found.trigger, initializers.get(found.trigger, ""), len(next(iter(found.rows.values()))))
         for found in embeddings
     )
-    deltas = parse_lora(tensors)
+    deltas = parse_lora(tensors, path.name)
     if not deltas and not tokens:
         raise FormatError(f"{path.name}: holds neither a LoRA nor learned tokens; choose another file")
     return Personalization(path.name, deltas, tokens, tuple(embeddings), settings)
@@ -106,22 +97,9 @@ def _tokens(
     triggers = [token.trigger for token in settings.tokens]
     declared = list(stored_tokens(metadata))
     files: Sequence[Path] = settings.embeddings
-    if not files and path.name == _AUTHORS_LORA and (path.parent / _AUTHORS_TOKENS).is_file():
-        files = [path.parent / _AUTHORS_TOKENS]
-    bundled = any(key.startswith(BUNDLE) for key in tensors)
-    if not files and not bundled:
+    if not files and not any(key.startswith(BUNDLE) for key in tensors):
         files = files_of_tokens(path, metadata, lambda name: _saved_with(path, name))
-    if files:
-        embeddings = read_several(files, triggers)
-    elif bundled:
-        embeddings = embeddings_from_tensors(path, tensors, metadata, triggers)
-    elif triggers:
-        raise ConfigError(
-            f"{path.name} carries no learned tokens, but {', '.join(triggers)} were given; "
-            "name the files that hold them in embeddings"
-        )
-    else:
-        embeddings = []
+    embeddings = tokens_of_lora(path, tensors, metadata, files, triggers)
     for file in files:
         if file.suffix.lower() in {".safetensors", ".sft"}:
             declared += stored_tokens(read_header(file).metadata)
@@ -132,20 +110,3 @@ def _saved_with(lora: Path, name: str) -> Path | None:
     """An embedding file beside the LoRA, or in the folder that training puts beside the LoRA's."""
     places = (lora.parent / name, lora.parent.parent / "embeddings" / name)
     return next((place for place in places if place.is_file() and place != lora), None)
-
-
-def _fitted(embedding: LearnedEmbedding, widths: Mapping[str, int], name: str) -> dict[str, Tensor]:
-    rows = embedding.rows
-    if set(rows) == {ANY}:  # a file that does not name its encoder fits those of its width
-        rows = {key: rows[ANY] for key, width in widths.items() if rows[ANY].shape[1] == width}
-    found = {key: tensor.shape[1] for key, tensor in rows.items()}
-    if any(found.get(key) != width for key, width in widths.items()):
-        raise IncompatibleModelError(
-            f"{name}: token {embedding.trigger} has rows for {_listed(found)}, the base model's text encoders are "
-            f"{_listed(widths)}; choose the base model it was trained on"
-        )
-    return {key: rows[key] for key in widths}
-
-
-def _listed(widths: Mapping[str, int]) -> str:
-    return " and ".join(f"{key} of width {width}" for key, width in widths.items()) or "no encoder of a fitting width"

@@ -127,6 +127,36 @@ def test_our_own_files_bring_their_tokens_bundled_or_from_the_embeddings_folder(
     assert LoadDCOLoRA.fingerprint_inputs(lora_name=apart) != version
 
 
+def test_tokens_that_cannot_be_found_are_missed_where_they_would_be_taught(comfy, tools, loras):
+    from comfyui_personalize.models.errors import ConfigError, FormatError
+
+    model, clip, _ = comfy.load("sd15")
+    metadata = {"personalize.tokens": json.dumps([{"trigger": "<dog>", "initializer": "dog", "rows": 1}])}
+    alone = loras("alone.safetensors", tools.random_lora(model), metadata)
+    missing = "alone.safetensors was trained with <dog>; put alone.safetensors into the embeddings folder"
+    for names in ("", "<cat>"):
+        with pytest.raises(FormatError, match=missing):
+            load(model, clip, alone, tokens=names)
+    assert load(model, None, alone)[1:] == (None, "")
+    plain = loras("plain.safetensors", tools.random_lora(model))
+    with pytest.raises(ConfigError, match="plain.safetensors carries no learned tokens, but <dog> should name some"):
+        load(model, clip, plain, tokens="dog")
+
+
+def test_an_export_that_fails_tells_no_folder_of_the_host(comfy, tools, loras, tmp_path, monkeypatch):
+    from comfyui_personalize.models.errors import FormatError
+    from comfyui_personalize.nodes.export_lora import LAYOUTS, ExportLoRA
+
+    name = loras("exported_from.safetensors", tools.random_lora(comfy.load("sd15")[0]))
+    elsewhere = tmp_path / "library" / "Lora"
+    for target in (comfy.base / "models" / "loras", elsewhere):
+        monkeypatch.setattr(comfy.folder_paths, "get_folder_paths", lambda kind, target=target: [str(target)])
+        monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(FormatError, match=f"fresh.safetensors could not be saved in {target.name} ") as refusal:
+            ExportLoRA.execute(name, LAYOUTS[0], "sd15", "fresh")
+        assert str(comfy.base) not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
+
+
 def test_chained_loaders_keep_their_order_and_strengths(comfy, tools, loras):
     from comfyui_personalize.nodes.switchable_lora import chain
 

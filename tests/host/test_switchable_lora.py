@@ -309,6 +309,42 @@ def test_one_layer_of_another_shape_refuses_the_file(comfy, tools):
             match_lora("x.safetensors", tensors, {}, model)
 
 
+@pytest.mark.parametrize(
+    ("ending", "tensor"),
+    [
+        ("lora_down.weight", torch.zeros(0, 64)),
+        ("lora_down.weight", torch.tensor(1.0)),
+        ("lora_up.weight", torch.zeros(64)),
+        ("alpha", torch.ones(3)),
+    ],
+)
+def test_a_damaged_layer_refuses_the_file(comfy, tools, ending, tensor):
+    from comfyui_personalize.models.errors import FormatError
+    from comfyui_personalize.nodes.lora_layers import match_lora
+
+    model, clip, _ = comfy.load("sd15")
+    for stem in ("lora_te_text_model_encoder_layers_0_mlp_fc1", None):
+        tensors = tools.random_lora(model)
+        stem = stem or next(iter(tensors)).split(".")[0]
+        tensors |= {f"{stem}.lora_down.weight": torch.ones(2, 64), f"{stem}.lora_up.weight": torch.ones(256, 2)}
+        with pytest.raises(FormatError, match=f"x.safetensors: {stem}.{ending} is .*damaged"):
+            match_lora("x.safetensors", tensors | {f"{stem}.{ending}": tensor}, {}, model, clip)
+
+
+@pytest.mark.parametrize("kind", ("loha", "lokr", "glora"))
+@pytest.mark.parametrize("damage", (torch.tensor(1.0), torch.zeros(0), torch.zeros(0, 64)))
+def test_a_damaged_layer_of_another_kind_refuses_the_file(comfy, tools, kind, damage):
+    from comfyui_personalize.models.errors import PersonalizeError
+    from comfyui_personalize.nodes.lora_layers import match_lora
+
+    model = comfy.load("sd15")[0]
+    tensors = tools.random_lora(model, kind)
+    for key in list(tensors)[:4]:
+        if not key.endswith(".alpha"):
+            with pytest.raises(PersonalizeError):
+                match_lora("x.safetensors", tensors | {key: damage}, {}, model)
+
+
 def test_text_encoder_layers_without_a_clip_are_left_out_with_a_warning(comfy, tools, caplog):
     from comfyui_personalize.nodes.lora_layers import match_lora
 

@@ -186,6 +186,32 @@ def test_half_a_pair_is_refused(deltas):
         parse_lora({key: value for key, value in tensors.items() if key != downs[0]})
 
 
+@pytest.mark.parametrize(
+    ("part", "tensor", "reason"),
+    [
+        ("lora_down.weight", torch.zeros(0, 5), "is 0×5, expected a matrix"),
+        ("lora_down.weight", torch.zeros(5), "is 5, expected a matrix"),
+        ("lora_up.weight", torch.tensor(1.0), "is a single number, expected a matrix"),
+        ("lora_up.weight", torch.zeros(7, RANK + 1), "differ in rank"),
+        ("lora_mid.weight", torch.zeros(RANK), "expected a matrix"),
+        ("lora_mid.weight", torch.zeros(RANK, RANK + 1, 3, 3), "differ in rank"),
+        ("alpha", torch.zeros(3), "is not a finite number"),
+        ("alpha", torch.tensor(float("nan")), "is not a finite number"),
+    ],
+)
+def test_damaged_parts_are_refused_by_name(deltas, part, tensor, reason):
+    tensors = kohya_tensors(deltas, "sdxl")
+    stem = next(iter(tensors)).split(".")[0]
+    with pytest.raises(FormatError, match=f"dog.safetensors: {stem}.*{reason}"):
+        parse_lora(tensors | {f"{stem}.{part}": tensor}, "dog.safetensors")
+
+
+def test_numbers_in_a_list_of_one_are_taken_for_alpha(deltas):
+    tensors = kohya_tensors(deltas, "sdxl")
+    listed = {key: value.reshape(1) if key.endswith(".alpha") else value for key, value in tensors.items()}
+    assert_same(parse_lora(listed), deltas)
+
+
 # diffusers' converters
 
 
