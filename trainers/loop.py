@@ -280,19 +280,14 @@ def _keep(
     The state is written when the run is to be continued: after a cancel or failure, or when the result itself
     could not be saved. Raises the failure, which then says what was kept.
     """
-    state_error = None
-    if interrupted:
-        try:
-            checkpoints.save(result.steps)
-        except PersonalizeError as error:
-            state_error = error
+    state_error = _save_state(checkpoints, result.steps) if interrupted else None
     best_step = best.restore() if best is not None else None
     try:
         if save is not None:
             save(result)
     except PersonalizeError as error:
         if not interrupted:
-            checkpoints.save(result.steps)
+            state_error = _save_state(checkpoints, result.steps)
         kept = "" if state_error else f"; the training state was kept, resume continues from step {result.steps}"
         raise type(error)(f"{error}{kept}") from error
     if failure is not None:
@@ -300,6 +295,15 @@ def _keep(
     if state_error is not None:
         raise state_error
     return best_step
+
+
+def _save_state(checkpoints: Checkpoints, step: int) -> PersonalizeError | None:
+    """Write the state; why that failed, rather than hide the failure that made it necessary."""
+    try:
+        checkpoints.save(step)
+    except PersonalizeError as error:
+        return error
+    return None
 
 
 def _accumulate(config, step, scaler, progress, ranks) -> float | None:

@@ -291,8 +291,8 @@ def test_a_disk_that_is_full_when_the_result_is_saved(client, comfy_server, grap
     message = run.error["exception_message"]
     graphs.the_sentence(message, comfy_server, "too_large.safetensors could not be saved in loras", "free space")
     assert run.progress("train")[-1] == (1, 1)
-    for folder in ("loras", "embeddings"):
-        assert not list(models(folder).glob("too_large*"))
+    assert not list(comfy_server.base.rglob("too_large.safetensors"))
+    assert [path.name for path in (comfy_server.base / "output/personalize/too_large").iterdir()] == ["log.jsonl"]
     assert not list(comfy_server.base.rglob("*.partial"))
     graph["train"]["inputs"]["seed"] = 6
     assert client.run(graph).status == "success"
