@@ -125,11 +125,12 @@ def origin_metadata(hidden: Any) -> dict[str, str]:
 
 
 def run_training(node: type[io.ComfyNode], train: Callable[..., Any]) -> io.NodeOutput:
-    """Free the device, run ``train(device=…, progress=…, metadata=…)`` outside inference mode, show the result.
+    """Run ``train(device=…, progress=…, metadata=…, before_loading=…)`` outside inference mode, and show the result.
+
+    The host's models leave the device only once the training has checked all that can be checked without it.
 
     A cancelled training has saved its weights and its state by the time the host learns of the Cancel.
     """
-    _host.free_vram()
     progress = _host.HostProgress(node.hidden.unique_id)
     try:
         with _host.leave_inference_mode(), _host.short_paths():
@@ -137,6 +138,7 @@ def run_training(node: type[io.ComfyNode], train: Callable[..., Any]) -> io.Node
                 device=comfy.model_management.get_torch_device(),
                 progress=progress,
                 metadata=origin_metadata(node.hidden),
+                before_loading=_host.free_vram,
             )
     finally:
         comfy.model_management.soft_empty_cache()
