@@ -73,6 +73,7 @@ class RewardGuider(comfy.samplers.CFGGuider):
         self.set_cfg(text_scale)
         self.rescale = rescale
         self.percents = (start_percent, end_percent)
+        self._limits: tuple[Any, float, float] | None = None
         self.reward_scales = {"positive": reward_scale}
         self.tags = {"negative": {}, "base": {}, "positive": switched(loras)}
         conds = {"positive": personalized, "base": share_control(personalized, base), "negative": negative}
@@ -86,7 +87,9 @@ class RewardGuider(comfy.samplers.CFGGuider):
         """The guided denoised latent, (batch, channels, height, width); named by the host."""
         options = model_options or {}
         model = self.inner_model
-        rewards = {name: scale for name, scale in self.reward_scales.items() if scale and self._in_range(timestep)}
+        rewards = {name: scale for name, scale in self.reward_scales.items() if scale}
+        if rewards and not self._in_range(timestep):
+            rewards = {}
         # cfg++ samplers need the negative prediction even where it cancels, and say so in this way.
         without_negative = math.isclose(self.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
         base_cond = self._tagged("base")
@@ -125,8 +128,14 @@ class RewardGuider(comfy.samplers.CFGGuider):
         return [tagged(cond, self.tags[name], name) for cond in self.conds[name]]
 
     def _in_range(self, timestep: Tensor) -> bool:
-        start, end = (self.inner_model.model_sampling.percent_to_sigma(percent) for percent in self.percents)
-        return not (timestep[0] > start or timestep[0] < end)
+        # Every number read from the device waits for all that is queued on it.
+        if self.percents == (0.0, 1.0):
+            return True
+        sampling = self.inner_model.model_sampling
+        if self._limits is None or self._limits[0] is not sampling:
+            self._limits = (sampling, *(float(sampling.percent_to_sigma(percent)) for percent in self.percents))
+        _, start, end = self._limits
+        return end <= float(timestep[0]) <= start
 
     def _rescaled(self, guided: Tensor, base: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Rescale as the authors do: on what the network predicts (noise or velocity), not on denoised latents.

@@ -32,10 +32,12 @@ Span = tuple[int, int, float]
 
 
 class RunCache:
-    """Tensors on the device for the time of one sampling run, so that nothing of ours outlives it there."""
+    """What is made once for a sampling run, so that nothing of ours outlives it on the device."""
 
     def __init__(self) -> None:
         self._entries: dict[Any, Any] = {}
+        self._spare: dict[torch.device, int] = {}
+        self._modules: dict[tuple[str, nn.Module], list[nn.Module]] = {}
 
     def __deepcopy__(self, memo: dict) -> "RunCache":
         return self
@@ -44,11 +46,22 @@ class RunCache:
         """The entry under ``key``, made when missing; kept only while the device has memory to spare."""
         if key in self._entries:
             return self._entries[key]
+        if device not in self._spare:  # asking the driver takes longer than a layer does
+            memory = comfy.model_management
+            self._spare[device] = memory.get_free_memory(device) - memory.minimum_inference_memory()
         made = make()
-        spare = comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
-        if size(made) < spare:
+        needed = size(made)
+        if needed < self._spare[device]:
+            self._spare[device] -= needed
             self._entries[key] = made
         return made
+
+    def modules(self, adapter: "SwitchableLora", unet: nn.Module) -> list[nn.Module]:
+        """The modules that an adapter changes, in the order of its layers; a run on several GPUs has several UNets."""
+        key = (adapter.id, unet)
+        if key not in self._modules:
+            self._modules[key] = [unet.get_submodule(name) for name in adapter.layers]
+        return self._modules[key]
 
 
 class SwitchableLora:
@@ -69,12 +82,12 @@ class SwitchableLora:
         spans = self.spans(x.shape[0], options)
         if not spans:
             return executor(x, *args, **kwargs)
-        unet, cache = executor.class_obj, options.get(_RUN) or RunCache()
+        cache = options.get(_RUN) or RunCache()
         handles = []
         try:
-            for name, patch in self.layers.items():
+            for (name, patch), module in zip(self.layers.items(), cache.modules(self, executor.class_obj)):
                 hook = self._hook(name, patch, x.shape[0], spans, cache)
-                handles.append(unet.get_submodule(name).register_forward_hook(hook))
+                handles.append(module.register_forward_hook(hook))
             return executor(x, *args, **kwargs)
         finally:
             for handle in handles:

@@ -149,6 +149,41 @@ def test_rows_that_cancel_are_not_computed(tools, scene, family, settings, expec
         assert torch.equal(got, plain)
 
 
+def test_the_range_is_read_once_a_step_and_the_whole_range_never(tools, scene):
+    class Sigma:
+        """A timestep that counts how often its value is fetched."""
+
+        read = 0
+
+        def __getitem__(self, _index):
+            Sigma.read += 1
+            return 1.5
+
+    scene = scene("sd15")
+    guider = scene.guider(start_percent=0.2, end_percent=0.9)
+    guider.inner_model = scene.model.model
+    sampling, asked = scene.model.model.model_sampling, []
+    percent_to_sigma = sampling.percent_to_sigma
+    sampling.percent_to_sigma = lambda percent: asked.append(percent) or percent_to_sigma(percent)
+    try:
+        limits = [percent_to_sigma(percent) for percent in (0.9, 0.2)]
+        assert limits[0] < 1.5 < limits[1]
+        assert all(guider._in_range(Sigma()) for _ in range(3))
+        assert asked == [0.2, 0.9] and Sigma.read == 3
+        whole = scene.guider()
+        whole.inner_model = scene.model.model
+        assert whole._in_range(Sigma()) and asked == [0.2, 0.9] and Sigma.read == 3
+        for sigma, inside in (
+            (limits[0], True),
+            (limits[1], True),
+            (limits[0] * 0.99, False),
+            (limits[1] * 1.01, False),
+        ):
+            assert guider._in_range(torch.tensor([sigma], dtype=torch.float64)) == inside
+    finally:
+        del sampling.percent_to_sigma
+
+
 def test_without_text_guidance_the_negative_prompt_does_not_matter(tools, scene):
     scene = scene("sdxl")
     one = tools.guide(scene.guider(text_scale=1.0))

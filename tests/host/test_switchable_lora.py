@@ -1,5 +1,6 @@
 """A switchable LoRA equals the host's own loader where it is on, and leaves no trace where it is off."""
 
+import copy
 import gc
 import logging
 import resource
@@ -222,7 +223,8 @@ def test_short_of_memory_nothing_is_kept_and_the_result_is_the_same(comfy, tools
 
     model, positive, negative = scene("sd15")
     lora = tools.with_switchable(model, tools.random_lora(model, kind))
-    expected = tools.ksample(lora, positive, negative)
+    few = {"steps": 2, "cfg": 4.0}  # the host runs the rows one by one, which rounds otherwise
+    expected = tools.ksample(lora, positive, negative, **few)
     kept = []
     get = RunCache.get
 
@@ -236,8 +238,39 @@ def test_short_of_memory_nothing_is_kept_and_the_result_is_the_same(comfy, tools
 
     monkeypatch.setattr(RunCache, "get", watch)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", no_memory)
-    assert tools.relative(tools.ksample(lora, positive, negative), expected) < 1e-5
+    assert tools.relative(tools.ksample(lora, positive, negative, **few), expected) < 1e-5
     assert kept and not any(kept)
+
+
+def test_memory_is_asked_for_once_a_run_and_shared_out(comfy, monkeypatch):
+    from comfyui_personalize.nodes.switchable_lora import RunCache
+
+    asked, made, device = [], [], torch.device("cpu")
+    monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: 10)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: asked.append(device) or 110)
+    cache = RunCache()
+    for _forward in range(2):
+        for key, size in (("a", 40), ("b", 40), ("c", 40), ("d", 10)):
+            assert cache.get(key, lambda key=key: made.append(key) or key, lambda _, size=size: size, device) == key
+    assert asked == [device]
+    assert made == ["a", "b", "c", "d", "c"]  # c did not fit and was made again; d did
+
+
+def test_modules_are_looked_up_once_a_run_and_for_every_copy_of_the_unet(comfy, tools, scene, monkeypatch):
+    model, positive, negative = scene("sd15")
+    lora = tools.with_switchable(model, tools.random_lora(model))
+    unet, found = model.model.diffusion_model, []
+    get = type(unet).get_submodule
+    monkeypatch.setattr(type(unet), "get_submodule", lambda self, name: found.append(name) or get(self, name))
+    tools.ksample(lora, positive, negative, steps=3)
+    from comfyui_personalize.nodes.switchable_lora import RunCache, chain
+
+    adapter = chain(lora)[0]
+    assert found == list(adapter.layers)
+    monkeypatch.undo()
+    cache, copied = RunCache(), copy.deepcopy(unet)
+    assert all(module is unet.get_submodule(n) for n, module in zip(adapter.layers, cache.modules(adapter, unet)))
+    assert all(module is copied.get_submodule(n) for n, module in zip(adapter.layers, cache.modules(adapter, copied)))
 
 
 @pytest.mark.parametrize("kind", ("lora", "loha"))
