@@ -3,10 +3,10 @@
 import gc
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -94,6 +94,27 @@ def free_vram() -> None:
 
 
 @contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Leave nothing of the body's behind on the device, also when it fails.
+
+    An exception keeps the local variables of all functions it passed through, so the models that a failed
+    training loaded, until the host has forgotten it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        passed: list[BaseException | None] = [error]
+        for failure in passed:
+            if failure is not None:
+                traceback.clear_frames(failure.__traceback__)
+                passed += [e for e in (failure.__cause__, failure.__context__) if e not in passed]
+        raise
+    finally:
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
+
+
+@contextmanager
 def leave_inference_mode() -> Iterator[None]:
     """Let autograd work inside a node; the host runs nodes in ``torch.inference_mode()``.
 
@@ -161,32 +182,10 @@ class HostProgress:
             server.send_progress_text(line, self._node_id)
 
 
-def images_to_pixels(images: Tensor) -> Tensor:
-    """Host pictures (batch, height, width, channels) in 0..1 -> (batch, 3, height, width) in -1..1.
-
-    Gray pictures get three equal channels; transparency is dropped, as the host's own VAE Encode does.
-    """
-    pixels = images[..., :3].movedim(-1, 1).float()
-    if pixels.shape[1] == 1:
-        pixels = pixels.expand(-1, 3, -1, -1)
-    return pixels * 2 - 1
-
-
-def pixels_to_images(pixels: Tensor) -> Tensor:
-    """(batch, channels, height, width) in -1..1 -> host pictures (batch, height, width, channels) in 0..1."""
-    return ((pixels.float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu().contiguous()
-
-
 def pictures_to_images(pictures: list[Image.Image]) -> Tensor:
     """PIL pictures of one size -> host pictures (batch, height, width, 3) in 0..1."""
     stacked = [torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8) for p in pictures]
     return torch.stack([s.view(p.height, p.width, 3) for s, p in zip(stacked, pictures)]).float() / 255
-
-
-def image_to_picture(image: Tensor) -> Image.Image:
-    """One host picture (height, width, channels) in 0..1 -> PIL, for previews."""
-    array: Any = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    return Image.fromarray(array)
 
 
 def image_list(images: list[Tensor]) -> list[Tensor]:

@@ -132,16 +132,13 @@ def run_training(node: type[io.ComfyNode], train: Callable[..., Any]) -> io.Node
     A cancelled training has saved its weights and its state by the time the host learns of the Cancel.
     """
     progress = _host.HostProgress(node.hidden.unique_id)
-    try:
-        with _host.leave_inference_mode(), _host.short_paths():
-            result = train(
-                device=comfy.model_management.get_torch_device(),
-                progress=progress,
-                metadata=origin_metadata(node.hidden),
-                before_loading=_host.free_vram,
-            )
-    finally:
-        comfy.model_management.soft_empty_cache()
+    with _host.memory_given_back(), _host.leave_inference_mode(), _host.short_paths():
+        result = train(
+            device=comfy.model_management.get_torch_device(),
+            progress=progress,
+            metadata=origin_metadata(node.hidden),
+            before_loading=_host.free_vram,
+        )
     progress.raise_if_cancelled()
     curve = loss_curve(result.train.losses)
     preview = result.preview or Image.new("RGB", (64, 64))

@@ -20,16 +20,30 @@ _THUMBNAIL = 256
 
 
 def _folders() -> list[str]:
-    """Sub-folders of the host's input folder that hold pictures, by relative name."""
-    root = Path(folder_paths.get_input_directory())
-    if not root.is_dir():
-        return []
-    found = {
-        path.parent.relative_to(root).as_posix()
-        for depth in range(1, _DEPTH + 1)
-        for path in root.glob("*/" * depth + "*")
-        if path.suffix.lower() in _PICTURES and path.parent.name not in ("mask", "masks")
-    }
+    """Sub-folders of the host's input folder that hold pictures, by relative name.
+
+    The host asks for every node's schema whenever a page opens or a prompt is queued, so this must be quick.
+    """
+    found = []
+
+    def visit(path: str, name: str, depth: int) -> None:
+        folders, pictures = [], False
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    # The ending first: a file whose name tells what it is need not be asked for its kind.
+                    if entry.name.lower().endswith(_PICTURES):
+                        pictures = pictures or entry.is_file()
+                    elif depth < _DEPTH and entry.is_dir():
+                        folders.append(entry)
+        except OSError:  # not readable for us, or gone since
+            return
+        if name and pictures and os.path.basename(name) not in ("mask", "masks"):
+            found.append(name)
+        for entry in folders:
+            visit(entry.path, f"{name}/{entry.name}" if name else entry.name, depth + 1)
+
+    visit(folder_paths.get_input_directory(), "", 0)
     return sorted(found)
 
 
@@ -129,7 +143,10 @@ class TrainingPicture(io.ComfyNode):
 
 
 def _files(root: str) -> list[str]:
-    return [path.name for path in Path(root).iterdir() if path.is_file()] if Path(root).is_dir() else []
+    if not os.path.isdir(root):
+        return []
+    with os.scandir(root) as entries:
+        return [entry.name for entry in entries if entry.is_file()]
 
 
 class PersonalizationDataset(io.ComfyNode):
@@ -137,6 +154,7 @@ class PersonalizationDataset(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        folders = [NO_FOLDER, *_folders()]
         return io.Schema(
             node_id="PersonalizePersonalizationDataset",
             display_name="Personalization Dataset",
@@ -166,7 +184,7 @@ class PersonalizationDataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "folder",
-                    options=[NO_FOLDER, *_folders()],
+                    options=folders,
                     default=NO_FOLDER,
                     tooltip="A folder inside the input folder. Captions come from text files beside the pictures "
                     "(cat.jpg, cat.txt), or from a config.json in the DCO authors' layout.",
@@ -187,7 +205,7 @@ class PersonalizationDataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "class_folder",
-                    options=[NO_FOLDER, *_folders()],
+                    options=folders,
                     default=NO_FOLDER,
                     tooltip="Prior preservation: a folder of ordinary pictures of the same class, to keep the model "
                     "from forgetting what a dog is.",

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -23,25 +24,38 @@ def test_autograd_works_again_inside_a_node(comfy):
     assert torch.is_inference_mode_enabled()
 
 
-def test_pictures_come_back_from_the_training_layout(comfy):
-    from comfyui_personalize.nodes._host import images_to_pixels, pictures_to_images, pixels_to_images
+def test_pictures_are_shown_as_they_are(comfy):
+    from comfyui_personalize.nodes._host import pictures_to_images
 
-    images = torch.rand(2, 5, 7, 3)
-    pixels = images_to_pixels(images)
-    assert pixels.shape == (2, 3, 5, 7)
-    torch.testing.assert_close(pixels[1, 2, 3, 4], images[1, 3, 4, 2] * 2 - 1)
-    torch.testing.assert_close(pixels_to_images(pixels), images)
-    assert images_to_pixels(torch.rand(1, 4, 4, 4)).shape == (1, 3, 4, 4)
-    assert images_to_pixels(torch.rand(1, 4, 4, 1)).shape == (1, 3, 4, 4)
     red = pictures_to_images([Image.new("RGB", (4, 2), (255, 0, 51))])
     torch.testing.assert_close(red, torch.tensor([1.0, 0.0, 0.2]).expand(1, 2, 4, 3))
 
 
-def test_a_picture_survives_the_way_to_pil(comfy):
-    from comfyui_personalize.nodes._host import image_to_picture, pictures_to_images
+def test_a_failure_keeps_nothing_of_what_it_passed_through(comfy):
+    from comfyui_personalize.models.errors import TrainingError
+    from comfyui_personalize.nodes._host import leave_inference_mode, memory_given_back, short_paths
 
-    picture = Image.effect_noise((6, 4), 60).convert("RGB")
-    assert image_to_picture(pictures_to_images([picture])[0]).tobytes() == picture.tobytes()
+    kept = []
+
+    def load():
+        unet = torch.nn.Linear(2, 2)
+        kept.append(weakref.ref(unet))
+        try:
+            unet(torch.zeros(3))
+        except RuntimeError as error:
+            raise TrainingError("out of memory") from error
+
+    def train():
+        model = torch.nn.Linear(2, 2)
+        model.itself = [model]  # only the collector finds this one
+        kept.append(weakref.ref(model))
+        load()
+
+    with pytest.raises(TrainingError, match="out of memory") as failure:
+        with memory_given_back(), leave_inference_mode(), short_paths():
+            train()
+    assert isinstance(failure.value.__cause__.__cause__, RuntimeError)
+    assert len(kept) == 2 and not any(reference() is not None for reference in kept)
 
 
 def test_cancel_is_told_to_the_training_and_raised_only_when_it_has_saved(comfy, monkeypatch):
@@ -94,6 +108,65 @@ def test_a_file_written_again_has_another_version(comfy, tmp_path):
     os.utime(path, ns=(1, 1))
     assert file_version(path) != first
     assert file_version(tmp_path / "absent") == ""
+
+
+@pytest.fixture
+def picture_folders(comfy, tmp_path, monkeypatch):
+    """picture_folders(*files) -> folders that the dataset node offers when the input folder holds these files."""
+    from comfyui_personalize.nodes import dataset
+
+    monkeypatch.setattr(comfy.folder_paths, "get_input_directory", lambda: str(tmp_path / "input"))
+
+    def offered(*files):
+        for name in files:
+            path = tmp_path / "input" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        schema = dataset.PersonalizationDataset.define_schema()
+        (options,) = {tuple(entry.options) for entry in schema.inputs if entry.id in ("folder", "class_folder")}
+        return list(options)
+
+    return offered
+
+
+def test_folders_with_pictures_are_offered(picture_folders, tmp_path):
+    assert picture_folders() == ["(none)"]
+    (tmp_path / "input" / "not.a.picture" / "folder.png").mkdir(parents=True)
+    found = picture_folders(
+        "top.png", "b/1.PNG", "b/2.jpg", "a/deep/er/1.webp", "a/deep/er/still/1.png", "b/mask/1.png", "c/notes.txt"
+    )
+    assert found == ["(none)", "a/deep/er", "b"]
+    (tmp_path / "input" / "linked").symlink_to(tmp_path / "input" / "b")
+    assert picture_folders() == ["(none)", "a/deep/er", "b", "linked"]
+
+
+def test_folders_are_searched_once_a_schema_and_no_picture_but_the_first_is_looked_at(picture_folders, monkeypatch):
+    listed, asked = [], []
+    scan = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.path, self.is_dir, self._entry = entry.name, entry.path, entry.is_dir, entry
+
+        def is_file(self):
+            asked.append(self.name)
+            return self._entry.is_file()
+
+    class Scan:
+        def __init__(self, path):
+            listed.append(os.path.basename(path))
+            self._entries = scan(path)
+
+        def __enter__(self):
+            return map(Entry, self._entries)
+
+        def __exit__(self, *_):
+            self._entries.close()
+
+    picture_folders(*(f"many/{index}.png" for index in range(50)))
+    monkeypatch.setattr(os, "scandir", Scan)
+    assert picture_folders() == ["(none)", "many"]
+    assert listed == ["input", "many"] and len(asked) == 1
 
 
 def test_the_hosts_tokenizer_is_found(comfy):
