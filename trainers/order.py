@@ -1,13 +1,10 @@
 """The order in which training meets its examples: shuffled passes that a checkpoint can resume exactly."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from ..models.errors import DatasetError
-
-T = TypeVar("T")
 
 
 class Draw(NamedTuple):
@@ -21,7 +18,7 @@ class BatchOrder:
     """Endless shuffled passes over the examples and, independently, over the class examples.
 
     Every example is met once before any is met again. All ranks draw the whole world's batch with
-    equal generators and keep ``rank_slice`` of it, so the order does not depend on how many there are.
+    equal generators and keep their part of it, so the order does not depend on how many there are.
 
     Args:
         examples: number of examples, at least 1.
@@ -69,14 +66,6 @@ class BatchOrder:
         for name, stream in streams.items():
             if stream is not None:
                 stream.load(state[name])
-
-
-def rank_slice(items: Sequence[T], rank: int, ranks: int) -> list[T]:
-    """The contiguous part of a world batch that process ``rank`` of ``ranks`` computes."""
-    if len(items) % ranks:
-        raise ValueError(f"a batch of {len(items)} does not divide among {ranks} processes")
-    share = len(items) // ranks
-    return list(items[rank * share : (rank + 1) * share])
 
 
 class _Passes:

@@ -185,12 +185,6 @@ class PromptEncoder:
         """The leaves that only a norm of gradients asks for, by encoder key, (known ids, dim) float32."""
         return {key: embedding.context for key, embedding in self.embeddings.items()}
 
-    def rows_of(self, token: LearnedToken) -> dict[str, Tensor]:
-        """A token's present rows by encoder key, each (token.rows, dim), float32 copies on the CPU."""
-        first = self._offsets[self.tokens.index(token)]
-        rows = slice(first, first + token.rows)
-        return {key: leaf.detach()[rows].to("cpu", torch.float32, copy=True) for key, leaf in self.learned.items()}
-
     def table(self, key: str) -> Tensor:
         """The frozen embedding table of an encoder, (vocabulary, dim)."""
         index = [slot.key for slot in self.family.encoders].index(key)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_personalize.models.errors import DatasetError
-from comfyui_personalize.trainers.order import BatchOrder, Draw, rank_slice
+from comfyui_personalize.trainers.order import BatchOrder
 
 
 def generator(seed=0):
@@ -80,15 +80,6 @@ def test_state_of_another_dataset_is_refused_and_changes_nothing(examples, class
     assert order.state_dict() == before
 
 
-def test_ranks_together_compute_the_world_batch():
-    alone = BatchOrder(5, 3).next_batch(8, generator(4))
-    shares = [rank_slice(BatchOrder(5, 3).next_batch(8, generator(4)), rank, 4) for rank in range(4)]
-    assert [draw for share in shares for draw in share] == alone
-    assert isinstance(shares[0][0], Draw)
-
-
-def test_uneven_world_batches_and_empty_datasets_are_errors():
-    with pytest.raises(ValueError, match="does not divide"):
-        rank_slice([1, 2, 3], 0, 2)
+def test_empty_datasets_are_errors():
     with pytest.raises(DatasetError, match="no pictures"):
         BatchOrder(0)
