@@ -155,8 +155,9 @@ def test_cancelled_trainings_leave_no_memory_behind(client, comfy_server, graphs
 
 
 def test_queued_trainings_run_one_after_the_other(client, comfy_server, graphs):
-    first = client.post(graphs.training(client, "queued_1", steps=2))
-    second = client.post(graphs.training(client, "queued_2", steps=2, seed=6))
+    # Both are built before either runs, as building uploads their pictures anew.
+    waiting = [graphs.training(client, name, steps=2) for name in ("queued_1", "queued_2")]
+    first, second = map(client.post, waiting)
     assert first in str(client.queue()) and second in str(client.queue()["queue_pending"])
     seen = []
     for prompt in (first, second):
@@ -169,8 +170,8 @@ def test_queued_trainings_run_one_after_the_other(client, comfy_server, graphs):
 
 
 def test_cancelling_one_of_two_queued_trainings_leaves_the_other(client, comfy_server, graphs):
-    first = client.post(graphs.training(client, "queue_cancelled", steps=200))
-    second = client.post(graphs.training(client, "queue_kept", steps=2))
+    waiting = [graphs.training(client, name, steps=n) for name, n in (("queue_cancelled", 200), ("queue_kept", 2))]
+    first, second = map(client.post, waiting)
     assert client.follow(first, on_event=when_told("loss", client.interrupt)).status == "interrupted"
     assert client.follow(second).status == "success"
     assert logged_steps(comfy_server, "queue_kept") == [1, 2]
