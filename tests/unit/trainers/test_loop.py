@@ -16,6 +16,7 @@ from comfyui_personalize.trainers.config import TrainConfig
 from comfyui_personalize.trainers.devices import autocast, dtype_of, resolve
 from comfyui_personalize.trainers.loop import SMOOTHING_STEPS, ParameterGroup, clip_gradients, train_loop
 from comfyui_personalize.trainers.progress import SilentProgress
+from comfyui_personalize.trainers.ranks import Ranks
 from comfyui_personalize.trainers.stopping import FixedSteps
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ class Toy:
         return (rows[:, :4] @ self.weight + self.bias - rows[:, 4:]).square().mean()
 
     def train(self, folder=None, *, step=None, **arguments):
-        loop_arguments = {"progress", "stopping", "clip_also", "after_step", "preview", "fingerprint", "ranks"}
+        loop_arguments = {"progress", "stopping", "clip_also", "after_step", "preview", "fingerprint", "ranks", "save"}
         settings = {name: value for name, value in arguments.items() if name not in loop_arguments}
         return train_loop(
             TrainConfig(precision="fp32", **settings),
@@ -248,9 +249,10 @@ class Scripted:
     def load_state_dict(self, state):
         self.place = state["place"]
 
-    def train(self, folder=None, steps=None, **settings):
+    def train(self, folder=None, steps=None, save=None, **settings):
         config = TrainConfig(steps=steps or len(self.losses), max_grad_norm=0.0, **settings)
-        return train_loop(config, self.groups, self.step, device=CPU, state={"script": self}, run_folder=folder)
+        state = {"script": self}
+        return train_loop(config, self.groups, self.step, device=CPU, state=state, run_folder=folder, save=save)
 
 
 VALLEY = [abs(step - 40.3) / 40 + 0.3 * (step % 2) for step in range(60)]
@@ -471,6 +473,104 @@ def test_cancel_in_the_middle_of_accumulation_resumes_exactly(questions, tmp_pat
     resumed = second.train(tmp_path, **settings, resume=True)
     assert resumed.losses == expected.losses
     assert same(whole.weights, second.weights)
+
+
+# What a run leaves
+
+
+class Saved:
+    """Takes what was learned, or refuses as a full disk does."""
+
+    def __init__(self, toy, *, full=False):
+        self.toy, self.full, self.weights = toy, full, []
+
+    def __call__(self, result):
+        if self.full:
+            raise FormatError("my_dog.safetensors could not be saved")
+        self.weights.append(self.toy.weights)
+
+
+@pytest.mark.parametrize("questions", [0, 3, 99])
+def test_what_was_learned_is_saved_once_at_any_end(questions):
+    toy = Toy()
+    saved = Saved(toy)
+    result = toy.train(steps=5, save=saved, progress=CancelAfter(questions))
+    assert result.steps == min(questions, 5)
+    assert len(saved.weights) == (1 if questions else 0)
+    assert all(same(weights, toy.weights) for weights in saved.weights)
+
+
+def test_a_failure_saves_what_was_learned_and_resumes_exactly(tmp_path):
+    whole, toy, second = Toy(), Toy(), Toy()
+    expected = whole.train(steps=6, gradient_accumulation=2)
+    saved = Saved(toy)
+
+    def step():
+        if toy.calls == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return toy.step()
+
+    message = r"out of memory at step 3 .* \(what was learned in 2 steps was saved\)$"
+    with pytest.raises(TrainingError, match=message):
+        toy.train(tmp_path, steps=6, gradient_accumulation=2, step=step, save=saved)
+    assert len(saved.weights) == 1
+    result = second.train(tmp_path, steps=6, gradient_accumulation=2, resume=True)
+    assert result.losses == expected.losses and same(whole.weights, second.weights)
+
+
+def test_a_result_that_cannot_be_saved_leaves_the_state(tmp_path):
+    toy, second = Toy(), Toy()
+    message = "my_dog.safetensors could not be saved; the training state was kept, resume continues from step 3"
+    with pytest.raises(FormatError, match=message):
+        toy.train(tmp_path, steps=3, save=Saved(toy, full=True))
+    saved = Saved(second)
+    assert second.train(tmp_path, steps=3, save=saved, resume=True).steps == 3
+    assert second.calls == 0 and same(saved.weights[0], toy.weights)
+
+
+def test_that_state_holds_the_last_weights_and_not_the_best(monkeypatch, tmp_path):
+    sgd(monkeypatch)
+    script = Scripted(VALLEY)
+    with pytest.raises(FormatError, match="training state was kept"):
+        script.train(tmp_path, keep="best", save=Saved(script, full=True))
+    assert script.weight.item() == 60
+    resumed, whole = Scripted([*VALLEY, 0.0, 0.0]), Scripted([*VALLEY, 0.0, 0.0])
+    taken = []
+    result = resumed.train(tmp_path, keep="best", resume=True, save=lambda _: taken.append(resumed.weight.item()))
+    assert (result.best_step, taken) == (whole.train(keep="best").best_step, [whole.weight.item()])
+
+
+def test_older_states_outlive_a_run_that_takes_no_step(tmp_path):
+    Toy().train(tmp_path, steps=2, checkpoint_every=2)
+    before = newest_states(tmp_path)
+    Toy().train(tmp_path, steps=2, progress=CancelAfter(0))
+    assert newest_states(tmp_path) == before != []
+
+
+def test_too_little_memory_for_a_preview_only_ends_the_previews(tmp_path):
+    asked, progress, plain, toy = [], CancelAfter(99), Toy(), Toy()
+
+    def preview(step):
+        asked.append(step)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plain.train(steps=6)
+    result = toy.train(tmp_path, steps=6, preview_every=2, preview=preview, progress=progress)
+    assert (result.stopped_by, result.steps, asked) == ("steps", 6, [2])
+    assert "no more previews: not enough memory" in progress.reports[-1][2]
+    assert same(plain.weights, toy.weights)
+
+
+def test_processes_that_resume_from_different_steps_are_stopped(tmp_path):
+    class Other(Ranks):
+        count = 2
+
+        def mean(self, tensor):
+            return tensor / 2  # the other process found no state and starts at 0
+
+    Toy().train(tmp_path, steps=2, checkpoint_every=2)
+    with pytest.raises(TrainingError, match="resume from different steps.*on a shared disk"):
+        Toy().train(tmp_path, steps=4, resume=True, ranks=Other())
 
 
 # Stopping rules

@@ -520,6 +520,18 @@ def test_a_resume_that_does_not_fit_is_refused_before_anything_is_loaded(tiny, l
     assert files_below(tiny.folder).keys() == before.keys()
 
 
+def test_a_state_is_not_thrown_away_unasked(tiny, loads_nothing):
+    result = tiny.train(steps=4, progress=CancelAt("loss", step=2))
+    for path in result.files:
+        path.unlink()
+    before = files_below(tiny.folder)
+    assert tiny.train(steps=1, name="other").train.steps == 1
+    loads_nothing()
+    with pytest.raises(ConfigError, match="there is a training state of my_dog from step 2; turn on resume to"):
+        tiny.train(steps=4)
+    assert before.items() <= files_below(tiny.folder).items()
+
+
 def test_tokens_of_the_vocabulary_are_refused(tiny, monkeypatch):
     tokenizer = tiny.base().tokenizer()
     tokenizer.add_tokens(["<dog>"])
