@@ -1,6 +1,6 @@
 """DCO nodes: load what was trained, and sample with reward guidance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.samplers
@@ -15,6 +15,7 @@ from ..models.learned_embeddings import (
     tokens_of_lora,
 )
 from . import _host
+from ._choices import known
 from .learned_tokens import teach
 from .lora_layers import match_lora
 from .reward_guidance import RewardGuider, sample_latent
@@ -24,11 +25,6 @@ from .switchable_lora import SwitchableLora, attach, require_unet
 def _token_files(path: Path, metadata: Mapping[str, str]) -> list[Path]:
     """Files with the tokens that belong to a LoRA but are not part of it."""
     return files_of_tokens(path, metadata, lambda name: _host.find_model_file("embeddings", name))
-
-
-def _known(kind: str, name: str | None, names: Sequence[str]) -> bool | str:
-    """For ``validate_inputs``: whether ``name`` is one of ``names``; a name that arrives over a link is None."""
-    return True if name is None or name in names else f"there is no {kind} named {name!r}; choose one from the list"
 
 
 class LoadDCOLoRA(io.ComfyNode):
@@ -89,7 +85,7 @@ class LoadDCOLoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None) -> bool | str:
-        return _known("LoRA", lora_name, _host.model_files("loras"))
+        return known("LoRA", lora_name, _host.model_files("loras"))
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_others) -> str:
@@ -152,7 +148,7 @@ class LoadLearnedTokens(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, embedding_name=None) -> bool | str:
-        return _known("embedding", embedding_name, _host.model_files("embeddings"))
+        return known("embedding", embedding_name, _host.model_files("embeddings"))
 
     @classmethod
     def fingerprint_inputs(cls, embedding_name, **_others) -> str:
@@ -333,8 +329,8 @@ class KSamplerRewardGuidance(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, sampler_name=None, scheduler=None) -> bool | str:
-        sampler = _known("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS)
-        return sampler if sampler is not True else _known("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS)
+        sampler = known("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS)
+        return sampler if sampler is not True else known("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS)
 
     @classmethod
     def execute(
