@@ -4,16 +4,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..models.errors import ConfigError, FormatError
 from ..models.formats import FORMAT_KEY, read_header, read_safetensors, write_safetensors
-
-if TYPE_CHECKING:
-    from .loop import ParameterGroup
+from .optimizer import ParameterGroup
 
 STATE_FORMAT = "training-state/1"
 
@@ -48,7 +46,7 @@ class Checkpoints:
         limit: int,
         fingerprint: str,
         *,
-        groups: "Sequence[ParameterGroup]",
+        groups: Sequence[ParameterGroup],
         optimizer: torch.optim.Optimizer,
         schedule: Any,
         scaler: torch.amp.GradScaler,

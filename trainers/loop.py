@@ -1,41 +1,31 @@
 """The one training loop: accumulate, clip, step, report, stop, keep the best, checkpoint and resume."""
 
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models.errors import FormatError, MissingDependencyError, PersonalizeError, TrainingError
+from ..models.errors import PersonalizeError, TrainingError
 from .checkpoint import Checkpoints, Stateful
 from .config import TrainConfig
 from .devices import free_memory, is_out_of_memory, out_of_memory
+from .optimizer import ParameterGroup, average_gradients, clip_gradients, make_optimizer, make_schedule
 from .progress import Progress, SilentProgress
 from .ranks import Ranks
+from .run_log import RunLog
 from .stopping import FixedSteps, StoppingRule
 
 SMOOTHING_STEPS = 20
 """Steps over which the loss is averaged where the best weights are looked for."""
 SKIPPED_STEPS_LIMIT = 20
 """Consecutive fp16 steps that may overflow while the loss scale adapts."""
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Trained tensors that share a learning rate."""
-
-    name: str
-    parameters: dict[str, torch.nn.Parameter]
-    learning_rate: float
-    weight_decay: float
 
 
 @dataclass
@@ -66,55 +56,6 @@ class TrainResult:
             f"{self.steps} steps ({reasons[self.stopped_by]}{kept}), {self.steps_per_second:.2f} steps/s, "
             f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
         )
-
-
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients of all tensors so that their common norm is at most ``max_norm``; returns the old norm."""
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm or math.inf)
-
-
-def check_optimizer(config: TrainConfig) -> None:
-    """Raise MissingDependencyError when the optimizer asked for is not installed."""
-    if config.optimizer == "adamw8bit":
-        _adamw8bit()
-
-
-def _adamw8bit() -> type[torch.optim.Optimizer]:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise MissingDependencyError(
-            "optimizer 'adamw8bit' needs the package bitsandbytes, which is not installed; install it or use 'adamw'"
-        ) from error
-    return AdamW8bit
-
-
-def make_optimizer(config: TrainConfig, groups: Sequence[ParameterGroup], ranks: Ranks) -> torch.optim.Optimizer:
-    """AdamW over the groups, in 8 bits when asked for; MissingDependencyError without bitsandbytes."""
-    scale = 1.0
-    if config.scale_learning_rate:
-        scale = config.batch_size * config.gradient_accumulation * ranks.count
-    settings = [
-        {"params": list(g.parameters.values()), "lr": g.learning_rate * scale, "weight_decay": g.weight_decay}
-        for g in groups
-    ]
-    optimizer = torch.optim.AdamW if config.optimizer == "adamw" else _adamw8bit()
-    return optimizer(settings, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
-
-
-def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int):
-    """The learning-rate schedule, counted in optimizer steps."""
-    from diffusers.optimization import get_scheduler
-
-    return get_scheduler(
-        config.lr_schedule,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=steps,
-        num_cycles=config.lr_cycles,
-        power=config.lr_power,
-    )
 
 
 def train_loop(
@@ -180,7 +121,7 @@ def train_loop(
             raise TrainingError(
                 "the processes resume from different steps; give all of them the same output folder, on a shared disk"
             )
-    log = _Log(run_folder if ranks.is_writer else None, result.steps)
+    log = RunLog(run_folder if ranks.is_writer else None, result.steps)
     trained = [parameter for group in groups for parameter in group.parameters.values()]
     progress.report(result.steps, total, "training")
     seconds, done, skipped, note = 0.0, 0, 0, ""
@@ -281,12 +222,14 @@ def _keep(
     could not be saved. Raises the failure, which then says what was kept.
     """
     state_error = _save_state(checkpoints, result.steps) if interrupted else None
-    best_step = best.restore() if best is not None else None
+    best_step = best.swap() if best is not None else None
     try:
         if save is not None:
             save(result)
     except PersonalizeError as error:
         if not interrupted:
+            if best is not None:
+                best.swap()  # the state is that of the last step
             state_error = _save_state(checkpoints, result.steps)
         kept = "" if state_error else f"; the training state was kept, resume continues from step {result.steps}"
         raise type(error)(f"{error}{kept}") from error
@@ -321,21 +264,13 @@ def _accumulate(config, step, scaler, progress, ranks) -> float | None:
 def _synchronize_and_clip(config, trained, clip_also, optimizer, scaler, ranks) -> Tensor:
     """Average the gradients over the ranks, undo the loss scale and clip; the norm before clipping."""
     if ranks.count > 1:
-        _average_gradients([*trained, *clip_also], ranks)
+        average_gradients([*trained, *clip_also], ranks)
     scaler.unscale_(optimizer)
     if scaler.is_enabled():
         for tensor in clip_also:
             if tensor.grad is not None:
                 tensor.grad.div_(scaler.get_scale())
     return clip_gradients([*trained, *clip_also], config.max_grad_norm)
-
-
-def _average_gradients(tensors: Sequence[Tensor], ranks: Ranks) -> None:
-    """One exchange for all tensors: a LoRA has a thousand small ones."""
-    flat = torch.cat([(t.grad if t.grad is not None else torch.zeros_like(t)).flatten() for t in tensors])
-    parts = ranks.mean(flat).split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.grad = part.view_as(tensor)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -382,9 +317,10 @@ class _Best:
             self._copies = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def restore(self) -> int | None:
-        """Put the best weights back in place; the step they come from, or None after too short a run."""
+    def swap(self) -> int | None:
+        """Exchange the present weights for the best ones, or back; the best ones' step, None after too short a run."""
         for name, copy in self._copies.items():
+            self._copies[name] = self._parameters[name].detach().to("cpu", copy=True)
             self._parameters[name].copy_(copy)
         return self._step
 
@@ -396,54 +332,3 @@ class _Best:
             return
         self._copies = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         self._step, self._score = state["step"], math.inf if state["score"] is None else state["score"]
-
-
-class _Log:
-    """One JSON line per optimizer step, and the preview pictures; nothing is on disk before the first step is done."""
-
-    def __init__(self, folder: Path | None, resumed_at: int) -> None:
-        self._folder, self._resumed_at, self._file = folder, resumed_at, None
-
-    def write(self, step: int, loss: float, rate: float) -> None:
-        if self._folder is None:
-            return
-        path = self._folder / "log.jsonl"
-        with _writing(path):
-            self._file = self._file or self._open(path)
-            self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate}) + "\n")
-            self._file.flush()
-
-    def _open(self, path: Path) -> TextIO:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= self._resumed_at]
-        file = path.open("w", encoding="utf-8")
-        file.writelines(kept)
-        return file
-
-    def save_preview(self, step: int, picture: Image.Image) -> None:
-        if self._folder:
-            path = self._folder / f"preview-{step:06d}.jpg"
-            with _writing(path):
-                picture.save(path, quality=92)
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FormatError(
-            f"{path.name} could not be written in {path.parent} ({error.strerror or error}); "
-            "free space or choose a writable folder"
-        ) from error
-
-
-def _lines(path: Path) -> list[str]:
-    """Complete lines; a crash may have cut the last one."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]

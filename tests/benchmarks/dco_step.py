@@ -24,7 +24,7 @@ from comfyui_personalize.trainers.dco.config import DCOConfig
 from comfyui_personalize.trainers.dco.step import dco_step
 from comfyui_personalize.trainers.dco.text import TextSide
 from comfyui_personalize.trainers.devices import autocast, dtype_of
-from comfyui_personalize.trainers.loop import ParameterGroup, clip_gradients, make_optimizer
+from comfyui_personalize.trainers.optimizer import ParameterGroup, clip_gradients, make_optimizer
 from comfyui_personalize.trainers.order import BatchOrder
 from comfyui_personalize.trainers.ranks import Ranks
 

@@ -10,7 +10,7 @@ from ..base import TrainingBase
 from ..conditioning import Conditioning
 from ..dataset import Dataset
 from ..devices import dtype_of, free_memory
-from ..loop import ParameterGroup
+from ..optimizer import ParameterGroup
 from ..text import PromptEmbeds, PromptEncoder
 from .config import DCOConfig
 

@@ -17,7 +17,8 @@ from ..checkpoint import GeneratorState, check_states
 from ..config import build
 from ..dataset import Dataset
 from ..devices import autocast, dtype_of, free_memory, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
-from ..loop import ParameterGroup, TrainResult, check_optimizer, train_loop
+from ..loop import TrainResult, train_loop
+from ..optimizer import ParameterGroup, check_optimizer
 from ..order import BatchOrder
 from ..output import OutputPlace, save_personalization
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress

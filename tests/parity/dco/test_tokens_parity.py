@@ -7,7 +7,7 @@ from comfyui_personalize.models.formats import read_safetensors, write_safetenso
 from comfyui_personalize.models.learned_embeddings import read_learned_embeddings
 from comfyui_personalize.models.tokens import random_rows, remembered_norms, retract
 from comfyui_personalize.trainers.config import TrainConfig
-from comfyui_personalize.trainers.loop import ParameterGroup, clip_gradients, make_optimizer
+from comfyui_personalize.trainers.optimizer import ParameterGroup, clip_gradients, make_optimizer
 from comfyui_personalize.trainers.ranks import Ranks
 
 

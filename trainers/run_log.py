@@ -1,0 +1,66 @@
+"""What a run writes down while it trains: log.jsonl and the preview pictures."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from PIL import Image
+
+from ..models.errors import FormatError
+
+
+class RunLog:
+    """One JSON line per optimizer step, and the preview pictures; nothing is on disk before the first step is done."""
+
+    def __init__(self, folder: Path | None, resumed_at: int) -> None:
+        """Args:
+        folder: the run's folder; None keeps nothing.
+        resumed_at: step that the run continues from; lines of later steps are dropped.
+        """
+        self._folder, self._resumed_at, self._file = folder, resumed_at, None
+
+    def write(self, step: int, loss: float, rate: float) -> None:
+        if self._folder is None:
+            return
+        path = self._folder / "log.jsonl"
+        with _writing(path):
+            self._file = self._file or self._open(path)
+            self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate}) + "\n")
+            self._file.flush()
+
+    def _open(self, path: Path) -> TextIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= self._resumed_at]
+        file = path.open("w", encoding="utf-8")
+        file.writelines(kept)
+        return file
+
+    def save_preview(self, step: int, picture: Image.Image) -> None:
+        if self._folder:
+            path = self._folder / f"preview-{step:06d}.jpg"
+            with _writing(path):
+                picture.save(path, quality=92)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(
+            f"{path.name} could not be written in {path.parent} ({error.strerror or error}); "
+            "free space or choose a writable folder"
+        ) from error
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines; a crash may have cut the last one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
