@@ -52,7 +52,7 @@ def equal(first, second):
 
 
 def files_below(folder):
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 @torch.no_grad()
