@@ -4,7 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Test files in two processes at a time, each with one computing thread: two with two each would slow one another down.
+JOBS ?= 2
 BIN = $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 "$(BIN)/pytest" -n $(JOBS) --dist loadfile
 
 ifdef COMFYUI_PATH
 export COMFYUI_PATH
@@ -33,10 +36,10 @@ lint: setup
 	@"$(BIN)/ruff" check .
 
 test: lint
-	@"$(BIN)/pytest" $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-host: setup
-	@"$(BIN)/pytest" -m "host or browser" $(ARGS)
+	@$(PYTEST) -m "host or browser" $(ARGS)
 
 benchmark: setup
 	@"$(BIN)/python" tests/benchmarks/run.py $(ARGS)

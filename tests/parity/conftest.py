@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or HERE / "data")
-COMPARED = pytest.StashKey[list[tuple[float, str]]]()
+COMPARED = "parity_compared"
 
 
 class Case:
@@ -134,7 +134,6 @@ class Consumption(pytest.Item):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "golden(system, *patterns, whole=True): consumes recorded cases")
-    config.stash.setdefault(COMPARED, [])
 
 
 def pytest_generate_tests(metafunc):
@@ -162,8 +161,10 @@ def pytest_collection_modifyitems(session, items):
 
 @pytest.fixture
 def case(request) -> Case:
-    """The recorded case that a test is parametrized with."""
-    return Case(request.param, request.config.stash[COMPARED])
+    """The recorded case that a test is parametrized with; what it compared travels with the test's report."""
+    compared: list[tuple[float, str]] = []
+    request.node.user_properties.append((COMPARED, compared))
+    return Case(request.param, compared)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -176,8 +177,10 @@ def pytest_pyfunc_call(pyfuncitem):
     return result
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if compared := config.stash[COMPARED]:
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    properties = [entry for report in reports if report.when == "call" for entry in report.user_properties]
+    if compared := [tuple(pair) for name, pairs in properties if name == COMPARED for pair in pairs]:
         worst, where = max(compared)
         terminalreporter.write_line(
             f"parity: {len(compared)} tensors compared with recorded ones; "
