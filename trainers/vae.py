@@ -7,6 +7,7 @@ from ..models.families import Family
 from .modules import Component
 
 PIXELS_PER_LATENT = 8
+LATENT_CHANNELS = 4
 
 
 class Autoencoder:

@@ -9,10 +9,8 @@ from ..conditioning import Conditioning
 from ..devices import autocast
 from ..progress import Progress
 from ..sampling import euler, guided, sample, to_pictures
-from ..vae import PIXELS_PER_LATENT, Autoencoder
+from ..vae import LATENT_CHANNELS, PIXELS_PER_LATENT, Autoencoder
 from .config import DCOConfig
-
-LATENT_CHANNELS = 4
 
 
 class Previews:

@@ -25,12 +25,11 @@ from ..sampling import Predict, Reward, euler, guided, rewarded, sample, to_pict
 from ..saved_pictures import refuse_existing, save_png
 from ..settings import pick_device
 from ..text import PromptEncoder
-from ..vae import PIXELS_PER_LATENT
+from ..vae import LATENT_CHANNELS, PIXELS_PER_LATENT
 from .sample_config import PLAIN, DCOSampleRun, SampleConfig, StyleSettings
 
 ADAPTERS = ("lora", "style")
 """Names of the first and of the second LoRA on the models."""
-_LATENT_CHANNELS = 4
 
 
 def sample_pictures(
@@ -77,7 +76,7 @@ def sample_pictures(
         predict = _predictor(config, unet, uncond, plain_text, personalized, styled, style)
         vae = base.load_vae(dtype, device)
         scheduler = euler(base.noise_schedule())
-        cells = (1, _LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+        cells = (1, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         for index, seed in enumerate(seeds):
             noise = torch.randn(cells, generator=torch.Generator().manual_seed(seed)).to(device)
             with autocast(precision, device):
