@@ -125,7 +125,8 @@ def test_unusual_pictures_are_trained_on(client, comfy_server, graphs, folder):
     assert run.status == "success", run.error
     assert (comfy_server.base / "models" / "loras" / "unusual.safetensors").exists()
     shown = {
-        name: np.asarray(image) for name, image in zip(("animated", "cmyk", "deep", "rotated"), client.images(run))
+        name: np.asarray(image)
+        for name, image in zip(("animated", "cmyk", "deep", "rotated"), client.images(run, "show"))
     }
     first_frame = np.asarray(frames[0].convert("RGB").resize((256, 213)))
     assert np.abs(shown["animated"][21:234].astype(int) - first_frame).mean() < 20
