@@ -46,7 +46,7 @@ class Component:
         tensors = self.fit(module, self.weights.read(self.names, dtype))
         module.load_state_dict(tensors, strict=True, assign=True)
         _restore_buffers(module)
-        return module.to(device).eval().requires_grad_(False)
+        return module.to(device).train(False).requires_grad_(False)
 
 
 @contextmanager
