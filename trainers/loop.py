@@ -38,7 +38,7 @@ class TrainResult:
     best_step: int | None = None
     """Step whose weights were restored, when the best ones were asked for."""
     steps_per_second: float = 0.0
-    """Of this session, without caching, previews and saving."""
+    """Since the run was started or resumed, without caching, previews and saving."""
     peak_memory_bytes: int = 0
     """Largest memory of the device, or of the process where the device is the CPU."""
 
