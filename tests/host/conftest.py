@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,3 +32,24 @@ def comfy(host_modules, tiny_checkpoint):
 
     with torch.inference_mode():
         yield SimpleNamespace(**vars(host_modules), load=load)
+
+
+@pytest.fixture(scope="module")
+def graphs(load_helper):
+    """Builders of the graphs that train, and of those that sample to see that nothing has changed."""
+    return load_helper("host/training_graphs.py")
+
+
+@pytest.fixture(scope="module")
+def sampling_is_unchanged(comfy_server, graphs, load_helper):
+    """The plain model gives the same picture before and after all tests of a module."""
+    with load_helper("host/client.py").Client(comfy_server.url, timeout=graphs.SERVER_TIMEOUT) as client:
+
+        def sample(prefix):
+            run = client.run(graphs.sampling("sd15", prefix=prefix))
+            assert run.status == "success", run.error
+            return np.asarray(client.images(run, "save")[0])
+
+        before = sample("before_the_module")
+        yield
+        assert np.array_equal(before, sample("after_the_module"))

@@ -4,7 +4,6 @@ import os
 import pickle
 import resource
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,23 +13,7 @@ DISK_LIMIT = 2**20
 """Bytes a file may have in the test of a full disk: more than the host's log, less than a LoRA of LARGE_RANK."""
 
 
-@pytest.fixture(scope="module")
-def graphs(load_helper):
-    return load_helper("host/training_graphs.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def sampling_is_unchanged_by_all_of_this(comfy_server, graphs, load_helper):
-    with load_helper("host/client.py").Client(comfy_server.url, timeout=graphs.SERVER_TIMEOUT) as client:
-
-        def sample(prefix):
-            run = client.run(graphs.sampling("sd15", prefix=prefix))
-            assert run.status == "success", run.error
-            return np.asarray(client.images(run, "save")[0])
-
-        before = sample("before_bad_files")
-        yield
-        assert np.array_equal(before, sample("after_bad_files"))
+pytestmark = pytest.mark.usefixtures("sampling_is_unchanged")
 
 
 @pytest.fixture

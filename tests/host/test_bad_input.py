@@ -6,24 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-
-@pytest.fixture(scope="module")
-def graphs(load_helper):
-    return load_helper("host/training_graphs.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def sampling_is_unchanged_by_all_of_this(comfy_server, graphs, load_helper):
-    with load_helper("host/client.py").Client(comfy_server.url, timeout=graphs.SERVER_TIMEOUT) as client:
-
-        def sample(prefix):
-            run = client.run(graphs.sampling("sd15", prefix=prefix))
-            assert run.status == "success", run.error
-            return np.asarray(client.images(run, "save")[0])
-
-        before = sample("before_bad_input")
-        yield
-        assert np.array_equal(before, sample("after_bad_input"))
+pytestmark = pytest.mark.usefixtures("sampling_is_unchanged")
 
 
 @pytest.fixture

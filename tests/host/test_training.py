@@ -16,11 +16,6 @@ GROWTH_LIMIT = 64 * 2**20
 
 
 @pytest.fixture(scope="module")
-def graphs(load_helper):
-    return load_helper("host/training_graphs.py")
-
-
-@pytest.fixture(scope="module")
 def trained(comfy_server, graphs, load_helper):
     """trained(family) -> (graph, run): a training on two chained pictures, its LoRA sampled with in the same graph."""
     runs = {}

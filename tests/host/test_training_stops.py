@@ -13,11 +13,6 @@ GROWTH_LIMIT = 64 * 2**20
 """Bytes that cancelled trainings may leave behind; one forgotten SDXL-like model in fp32 is 90 MB."""
 
 
-@pytest.fixture(scope="module")
-def graphs(load_helper):
-    return load_helper("host/training_graphs.py")
-
-
 @pytest.fixture
 def busy(client, comfy_server, graphs):
     """The inputs of a dataset that takes seconds to encode, for settings with random crops."""
