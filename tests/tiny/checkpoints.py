@@ -21,10 +21,8 @@ from torch import Tensor
 
 VOCABULARY = 49408
 POSITIONS = 77
-TEXT_LAYERS = 3
 LATENT_CHANNELS = 4
 VAE_WIDTH = 64
-RESIDUAL_BLOCKS = 2
 LATENT_COLOUR_SCALE = 3.0  # a colour range of 1 becomes a latent range of 3: about unit standard deviation
 
 
@@ -36,6 +34,7 @@ class TextEncoder:
     width: int
     prefix: str
     openclip_names: bool
+    layers: int = 3
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class TinyFamily:
     """Sizes of one tiny model; `depths` is the number of transformer blocks at each level of the UNet."""
 
     name: str
+    kind: str
+    """Whose key names and conventions it follows: "sd15", "sd21" or "sdxl"."""
     channels: int
     multipliers: tuple[int, ...]
     depths: tuple[int, ...]
@@ -51,6 +52,8 @@ class TinyFamily:
     linear_projections: bool
     v_prediction: bool
     latent_scale: float
+    residual_blocks: int = 2
+    """Residual blocks at each level of the UNet's way down."""
 
     @property
     def context_width(self) -> int:
@@ -59,7 +62,7 @@ class TinyFamily:
     @property
     def vector_width(self) -> int | None:
         """Width of SDXL's extra conditioning: the pooled text and six embedded sizes of 256 channels."""
-        return self.text_encoders[-1].width + 6 * 256 if self.name == "sdxl" else None
+        return self.text_encoders[-1].width + 6 * 256 if self.kind == "sdxl" else None
 
 
 FAMILIES = {
@@ -67,6 +70,7 @@ FAMILIES = {
     for family in (
         TinyFamily(
             name="sd15",
+            kind="sd15",
             channels=32,
             multipliers=(1, 2),
             depths=(1, 0),
@@ -78,6 +82,7 @@ FAMILIES = {
         ),
         TinyFamily(
             name="sd21",
+            kind="sd21",
             channels=64,
             multipliers=(1, 2),
             depths=(1, 0),
@@ -89,6 +94,7 @@ FAMILIES = {
         ),
         TinyFamily(
             name="sdxl",
+            kind="sdxl",
             channels=32,
             multipliers=(1, 2, 4),
             depths=(0, 1, 2),
@@ -101,6 +107,36 @@ FAMILIES = {
             v_prediction=False,
             latent_scale=0.13025,
         ),
+        # The two whose weights are trained on the small world; see tests/world.
+        TinyFamily(
+            name="world_sd15",
+            kind="sd15",
+            channels=64,
+            multipliers=(1, 2),
+            depths=(1, 1),
+            middle_depth=1,
+            text_encoders=(TextEncoder("clip_l", 64, "cond_stage_model.transformer.text_model.", False, layers=2),),
+            linear_projections=False,
+            v_prediction=False,
+            latent_scale=0.18215,
+            residual_blocks=1,
+        ),
+        TinyFamily(
+            name="world_sdxl",
+            kind="sdxl",
+            channels=64,
+            multipliers=(1, 2),
+            depths=(1, 1),
+            middle_depth=1,
+            text_encoders=(
+                TextEncoder("clip_l", 64, "conditioner.embedders.0.transformer.text_model.", False),
+                TextEncoder("clip_g", 32, "conditioner.embedders.1.model.", True),
+            ),
+            linear_projections=True,
+            v_prediction=False,
+            latent_scale=0.13025,
+            residual_blocks=1,
+        ),
     )
 }
 
@@ -111,7 +147,7 @@ def write_tiny_checkpoint(family: str, path: Path, seed: int = 0, dtype: torch.d
     The same family, seed and dtype give the same bytes; the file appears complete or not at all.
 
     Args:
-        family: "sd15", "sd21" or "sdxl".
+        family: a name in FAMILIES.
         path: where the .safetensors file goes; the folder is made.
         seed: another seed is another model.
         dtype: of the stored weights.
@@ -208,7 +244,7 @@ def _unet(sizes: TinyFamily, seed: int) -> dict[str, Tensor]:
     weights.conv("input_blocks.0.0", LATENT_CHANNELS, base)
     skips, width, block = [base], base, 1
     for level, (multiplier, depth) in enumerate(zip(sizes.multipliers, sizes.depths, strict=True)):
-        for _ in range(RESIDUAL_BLOCKS):
+        for _ in range(sizes.residual_blocks):
             residual(f"input_blocks.{block}.0", width, base * multiplier)
             width = base * multiplier
             if depth:
@@ -226,12 +262,12 @@ def _unet(sizes: TinyFamily, seed: int) -> dict[str, Tensor]:
 
     block = 0
     for level in reversed(range(len(sizes.multipliers))):
-        for index in range(RESIDUAL_BLOCKS + 1):
+        for index in range(sizes.residual_blocks + 1):
             residual(f"output_blocks.{block}.0", width + skips.pop(), base * sizes.multipliers[level])
             width = base * sizes.multipliers[level]
             if sizes.depths[level]:
                 transformer(f"output_blocks.{block}.1", width, sizes.depths[level])
-            if level > 0 and index == RESIDUAL_BLOCKS:
+            if level > 0 and index == sizes.residual_blocks:
                 weights.conv(f"output_blocks.{block}.{2 if sizes.depths[level] else 1}.conv", width, width)
             block += 1
 
@@ -273,7 +309,7 @@ def _text_encoder(encoder: TextEncoder, seed: int) -> dict[str, Tensor]:
     }
     weights.normal(f"{names['token']}.weight", (VOCABULARY, width), 0.05)
     weights.normal(names["position"], (POSITIONS, width), 0.02)
-    for index in range(TEXT_LAYERS):
+    for index in range(encoder.layers):
         layer = f"{names['layer']}.{index}"
         for norm in names["norm"]:
             weights.norm(f"{layer}.{norm}", width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 
@@ -72,12 +73,13 @@ def published_shapes(helper, monkeypatch, family: str) -> dict[str, tuple[int, .
     tiny = helper.FAMILIES[family]
     sizes = helper.TinyFamily(
         name=family,
+        kind=family,
         channels=channels,
         multipliers=multipliers,
         depths=depths,
         middle_depth=middle,
         text_encoders=tuple(
-            helper.TextEncoder(encoder.key, encoders[encoder.key][0], encoder.prefix, encoder.openclip_names)
+            dataclasses.replace(encoder, width=encoders[encoder.key][0], layers=encoders[encoder.key][1])
             for encoder in tiny.text_encoders
         ),
         linear_projections=tiny.linear_projections,
@@ -91,7 +93,6 @@ def published_shapes(helper, monkeypatch, family: str) -> dict[str, tuple[int, .
     monkeypatch.setattr(helper._Weights, "normal", normal)
     tensors = {f"model.diffusion_model.{name}": value for name, value in helper._unet(sizes, 0).items()}
     for encoder in sizes.text_encoders:
-        monkeypatch.setattr(helper, "TEXT_LAYERS", encoders[encoder.key][1])
         tensors |= {encoder.prefix + name: value for name, value in helper._text_encoder(encoder, 0).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shapes |= {f"first_stage_model.{name}": shape for name, shape in vae_shapes().items()}

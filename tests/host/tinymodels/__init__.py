@@ -28,87 +28,88 @@ def _load_sizes():
 
 
 _checkpoints = _load_sizes()
-_SD15, _SD21, _SDXL = (_checkpoints.FAMILIES[name] for name in ("sd15", "sd21", "sdxl"))
-_WIDTHS = {encoder.key: encoder.width for family in (_SD15, _SD21, _SDXL) for encoder in family.text_encoders}
 
 
-def _tiny_options(model_options: dict) -> dict:
+def _text_options(family, model_options: dict) -> dict:
     sizes = {
-        f"{key}_model_config": {
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_attention_heads": width // 64,
-            "num_hidden_layers": _checkpoints.TEXT_LAYERS,
-            "projection_dim": width,
+        f"{encoder.key}_model_config": {
+            "hidden_size": encoder.width,
+            "intermediate_size": 4 * encoder.width,
+            "num_attention_heads": max(1, encoder.width // 64),
+            "num_hidden_layers": encoder.layers,
+            "projection_dim": encoder.width,
         }
-        for key, width in _WIDTHS.items()
+        for encoder in family.text_encoders
     }
     return {**model_options, **sizes}
 
 
-def _tiny_model(real):
+def _tiny_text_model(real, family):
     class TinyTextModel(real):
         def __init__(self, *args, model_options=None, **kwargs):
-            super().__init__(*args, model_options=_tiny_options(model_options or {}), **kwargs)
+            super().__init__(*args, model_options=_text_options(family, model_options or {}), **kwargs)
 
     return TinyTextModel
 
 
-def _tiny_tokenizer(real):
+def _tiny_tokenizer(real, family):
     class TinyTokenizer(real):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            for key, width in _WIDTHS.items():
-                if hasattr(self, key):
-                    getattr(self, key).embedding_size = width
+            for encoder in family.text_encoders:
+                getattr(self, encoder.key).embedding_size = encoder.width
 
     return TinyTokenizer
 
 
-def _sizes(family) -> dict:
-    return {
+def _unet_sizes(family) -> dict:
+    sizes = {
         "context_dim": family.context_width,
         "model_channels": family.channels,
         "use_linear_in_transformer": family.linear_projections,
         "adm_in_channels": family.vector_width,
         "use_temporal_attention": False,
     }
+    if family.kind == "sdxl":
+        sizes["transformer_depth"] = [depth for depth in family.depths for _ in range(family.residual_blocks)]
+    return sizes
 
 
-class TinySD15(comfy.supported_models.SD15):
-    unet_config = _sizes(_SD15)
-
-    def clip_target(self, state_dict=None):
-        return comfy.supported_models_base.ClipTarget(
-            _tiny_tokenizer(comfy.sd1_clip.SD1Tokenizer), _tiny_model(comfy.sd1_clip.SD1ClipModel)
-        )
-
-
-class TinySD21(comfy.supported_models.SD20):
-    unet_config = _sizes(_SD21)
-
-    def model_type(self, state_dict, prefix=""):
-        v_prediction = "v_pred" in state_dict
-        return comfy.model_base.ModelType.V_PREDICTION if v_prediction else comfy.model_base.ModelType.EPS
-
-    def clip_target(self, state_dict=None):
-        return comfy.supported_models_base.ClipTarget(
-            _tiny_tokenizer(comfy.text_encoders.sd2_clip.SD2Tokenizer),
-            _tiny_model(comfy.text_encoders.sd2_clip.SD2ClipModel),
-        )
+_REAL = {
+    "sd15": (comfy.supported_models.SD15, comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+    "sd21": (
+        comfy.supported_models.SD20,
+        comfy.text_encoders.sd2_clip.SD2Tokenizer,
+        comfy.text_encoders.sd2_clip.SD2ClipModel,
+    ),
+    "sdxl": (comfy.supported_models.SDXL, comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
+}
 
 
-class TinySDXL(comfy.supported_models.SDXL):
-    unet_config = _sizes(_SDXL) | {
-        "transformer_depth": [depth for depth in _SDXL.depths for _ in range(_checkpoints.RESIDUAL_BLOCKS)]
-    }
+def _tiny_class(family):
+    """The host's own class of the family's kind, for tiny sizes."""
+    real, tokenizer, text_model = _REAL[family.kind]
 
-    def clip_target(self, state_dict=None):
-        return comfy.supported_models_base.ClipTarget(
-            _tiny_tokenizer(comfy.sdxl_clip.SDXLTokenizer), _tiny_model(comfy.sdxl_clip.SDXLClipModel)
-        )
+    class TinyModel(real):
+        unet_config = _unet_sizes(family)
+
+        def model_type(self, state_dict, prefix=""):
+            if family.kind != "sd21":
+                return super().model_type(state_dict, prefix)
+            # The host looks at a weight whose statistics only the trained model has.
+            v_prediction = "v_pred" in state_dict
+            return comfy.model_base.ModelType.V_PREDICTION if v_prediction else comfy.model_base.ModelType.EPS
+
+        def clip_target(self, state_dict=None):
+            return comfy.supported_models_base.ClipTarget(
+                _tiny_tokenizer(tokenizer, family), _tiny_text_model(text_model, family)
+            )
+
+    TinyModel.__name__ = TinyModel.__qualname__ = f"Tiny_{family.name}"
+    return TinyModel
 
 
-if not any(known.__name__ == "TinySDXL" for known in comfy.supported_models.models):
+_classes = [_tiny_class(family) for family in _checkpoints.FAMILIES.values()]
+if not {known.__name__ for known in comfy.supported_models.models} & {tiny.__name__ for tiny in _classes}:
     # Before the real ones: the first entry that matches wins.
-    comfy.supported_models.models[:0] = [TinySD15, TinySD21, TinySDXL]
+    comfy.supported_models.models[:0] = _classes
