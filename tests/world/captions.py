@@ -111,22 +111,7 @@ def random_detail(rng: random.Random) -> Detail:
 
 
 PICTURES = ("photo", "picture", "image", "rendering", "drawing", "painting", "depiction")
-MANNERS = (
-    "",
-    "",
-    "",
-    "good",
-    "bright",
-    "dark",
-    "cropped",
-    "close-up",
-    "nice",
-    "small",
-    "large",
-    "clean",
-    "cool",
-    "weird",
-)
+MANNERS = (*[""] * 3, *"good bright dark cropped close-up nice small large clean cool weird".split())
 
 
 def random_caption(rng: random.Random, scene: Scene) -> str:

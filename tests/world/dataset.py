@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comfyui_personalize.models.families import EncoderSlot
-from torch import Tensor
-
 from captions import random_caption
 from drawing import draw, mask_of
 from generator import random_scene
 from scenes import SIDE, Scene
+from torch import Tensor
+
+from comfyui_personalize.models.families import EncoderSlot
 
 LENGTH = 77
 CAPTIONS = 4

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tiny"))
 
 from checkpoints import write_tiny_checkpoint  # noqa: E402 - lies in the folder that was just added
+
 from comfyui_personalize.models.families import Family  # noqa: E402
 from comfyui_personalize.trainers.base import TrainingBase, open_base  # noqa: E402
 

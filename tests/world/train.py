@@ -21,13 +21,11 @@ import boot  # noqa: E402 - lies in the folder that was just added
 boot.declare_missing_torchvision_operators()
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from comfyui_personalize.trainers.tokenizer import load_tokenizer  # noqa: E402
-from torch import nn  # noqa: E402
-
 from autoencoder import NarrowAutoencoder, latent_penalty, reconstruction_loss  # noqa: E402
 from dataset import Examples, in_unit_range, make_examples  # noqa: E402
 from training import Plan, fit, in_processes, rank  # noqa: E402
+
+from comfyui_personalize.trainers.tokenizer import load_tokenizer  # noqa: E402
 
 EXAMPLES = 24000
 UNSEEN = 200

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from optimizers import Muon
+from torch import Tensor, nn
 
 SAVE_EVERY = 120.0
 """Seconds between saved states."""
