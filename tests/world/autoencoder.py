@@ -152,3 +152,8 @@ def latent_penalty(latents: Tensor) -> Tensor:
     """Keeps each channel at mean 0 and variance 1, so that the diffusion model needs no factor of its own."""
     variance = latents.var(dim=(0, 2, 3))
     return (latents.mean(dim=(0, 2, 3)).square() + variance.clamp(min=1e-4).log().square()).mean()
+
+
+def psnr(decoded: Tensor, pictures: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB over all pictures, in 0..1, together."""
+    return -10 * (decoded.clamp(0, 1) - pictures).square().mean().log10().item()

@@ -21,17 +21,24 @@ import boot  # noqa: E402 - lies in the folder that was just added
 boot.declare_missing_torchvision_operators()
 
 import torch  # noqa: E402
-from autoencoder import NarrowAutoencoder, latent_penalty, reconstruction_loss  # noqa: E402
+from autoencoder import NarrowAutoencoder, latent_penalty, psnr, reconstruction_loss, taesd_tensors  # noqa: E402
 from dataset import Examples, in_unit_range, make_examples  # noqa: E402
+from diffusion import Denoiser, cache_latents, train_text_to_image  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from training import Plan, fit, in_processes, rank  # noqa: E402
 
 from comfyui_personalize.trainers.tokenizer import load_tokenizer  # noqa: E402
+from models import MODELS, build, checkpoint_tensors, warm_start  # noqa: E402
 
 EXAMPLES = 24000
 UNSEEN = 200
 """Examples at the end of the list that nothing is trained on."""
 SEED = 1
+SD15 = Plan(steps=4500, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
+SDXL = Plan(steps=3000, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
+"""Shorter, because it begins where the other ended."""
 AUTOENCODER = Plan(steps=6000, batch=16, lr=2e-3, flat=0.5)
+DECODER = Plan(steps=1500, batch=16, lr=1e-3, flat=0.2)
 LATENT_NOISE = 0.03
 OBJECT_WEIGHT = 4.0
 
@@ -82,15 +89,91 @@ def _train_autoencoder(work: Path) -> None:
 
     def look(step: int) -> str:
         latents = model.encode(unseen)
-        error = (model.decode(latents).clamp(0, 1) - unseen).square().mean((1, 2, 3))
-        return f"{-10 * error.mean().log10():.2f} dB, latents {latents.mean():.2f} ± {latents.std():.2f}"
+        return f"{psnr(model.decode(latents), unseen):.2f} dB, latents {latents.mean():.2f} ± {latents.std():.2f}"
 
     fit("autoencoder", model, AUTOENCODER, loss_of, work, look, look_every=250)
     if rank() == 0:
         torch.save(model.state_dict(), work / "autoencoder.weights.pt")
 
 
-STAGES = {"examples": draw_examples, "autoencoder": train_autoencoder}
+def load_trained_autoencoder(work: Path, stage: str = "autoencoder") -> NarrowAutoencoder:
+    model = NarrowAutoencoder()
+    model.load_state_dict(torch.load(work / f"{stage}.weights.pt", weights_only=True))
+    return model.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def train_sd15(work: Path, processes: int) -> None:
+    _encode_examples(work)
+    in_processes(processes, work, _train_text_to_image, work, "world_sd15", SD15)
+
+
+def train_sdxl(work: Path, processes: int) -> None:
+    _encode_examples(work)
+    in_processes(processes, work, _train_text_to_image, work, "world_sdxl", SDXL)
+
+
+def _encode_examples(work: Path) -> torch.Tensor:
+    return cache_latents(load_examples(work), load_trained_autoencoder(work), work / "latents.pt")
+
+
+def _train_text_to_image(work: Path, name: str, plan: Plan) -> None:
+    torch.manual_seed(SEED)
+    model = build(name)
+    if name == "world_sdxl":
+        first = Denoiser(build("world_sd15"))
+        first.load_state_dict(torch.load(work / "world_sd15.weights.pt", weights_only=True))
+        warm_start(model, first.model)
+    latents = _encode_examples(work)[:-UNSEEN]
+    train_text_to_image(Denoiser(model), load_examples(work), latents, load_trained_autoencoder(work), plan, work)
+
+
+def train_decoder(work: Path, processes: int) -> None:
+    in_processes(processes, work, _train_decoder, work)
+
+
+def _train_decoder(work: Path) -> None:
+    """Go on with the decoder alone: the latents that the models were trained on stay what they are."""
+    torch.manual_seed(SEED)
+    examples, latents = load_examples(work), _encode_examples(work)
+    model = load_trained_autoencoder(work)
+    decoder = model.decoder.requires_grad_(True)
+
+    def loss_of(count: int, generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(examples) - UNSEEN, (count,), generator=generator)
+        weight = 1 + (OBJECT_WEIGHT - 1) * in_unit_range(examples.masks, chosen)
+        noisy = latents[chosen] + LATENT_NOISE * torch.randn(latents[chosen].shape, generator=generator)
+        return reconstruction_loss(in_unit_range(examples.pictures, chosen), model.decode(noisy), weight)
+
+    def look(step: int) -> str:
+        return f"{psnr(model.decode(latents[-UNSEEN:]), in_unit_range(examples.pictures[-UNSEEN:])):.2f} dB"
+
+    fit("decoder", decoder, DECODER, loss_of, work, look, look_every=250)
+    if rank() == 0:
+        torch.save(model.state_dict(), work / "decoder.weights.pt")
+
+
+def write_checkpoints(work: Path, processes: int) -> None:
+    """The two models as single files in half precision."""
+    autoencoder = load_trained_autoencoder(work, "decoder")
+    for name in MODELS:
+        denoiser = Denoiser(build(name))
+        denoiser.load_state_dict(torch.load(work / f"{name}.weights.pt", weights_only=True))
+        model = denoiser.model
+        tensors = checkpoint_tensors(model, model.unet.state_dict(), [part.state_dict() for part in model.encoders])
+        for part, weight in taesd_tensors(autoencoder, model.family.latent_scale).items():
+            tensors[f"first_stage_model.{part}"] = weight
+        tensors = {part: weight.half().contiguous() for part, weight in tensors.items()}
+        save_file(tensors, work / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+STAGES = {
+    "examples": draw_examples,
+    "autoencoder": train_autoencoder,
+    "sd15": train_sd15,
+    "sdxl": train_sdxl,
+    "decoder": train_decoder,
+    "checkpoints": write_checkpoints,
+}
 
 if __name__ == "__main__":
     main()
