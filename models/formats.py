@@ -20,6 +20,8 @@ from .errors import ConfigError, FormatError
 from .tokens import LearnedToken
 
 FORMAT_KEY = "personalize.format"
+LAYERS_KEY = "personalize.layers_per_block"
+"""Residual blocks of each level of the base's UNet; without it kohya's numbers for SDXL's layers mean nothing."""
 _WINDOWS_RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -228,6 +230,16 @@ def describe(
     if tokens:
         metadata["modelspec.trigger_phrase"] = ", ".join(token.trigger for token in tokens)
     return metadata | dict(extra or {})
+
+
+def stored_layers_per_block(metadata: Mapping[str, str]) -> int:
+    """What a LoRA file says under LAYERS_KEY; 2, as in every published SDXL, when it says nothing."""
+    value = metadata.get(LAYERS_KEY, "2")
+    if not re.fullmatch(r"[1-9]\d?", value):
+        raise FormatError(
+            f"the file's entry {LAYERS_KEY} is {value!r}, expected a small number; save or download the file again"
+        )
+    return int(value)
 
 
 def stored_tokens(metadata: Mapping[str, str]) -> tuple[LearnedToken, ...]:

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..models.errors import IncompatibleModelError
 from ..models.families import FAMILIES
-from ..models.formats import read_weights, safe_name, write_safetensors
+from ..models.formats import read_weights, safe_name, stored_layers_per_block, write_safetensors
 from ..models.lora import diffusers_tensors, kohya_tensors, parse_lora
 from . import _host, _trainer
 from ._choices import first_refusal, known
@@ -68,12 +68,13 @@ class ExportLoRA(io.ComfyNode):
     def _export(cls, lora_name, layout, family, output_name, overwrite) -> Path:
         path = _host.model_path("loras", lora_name)
         tensors, metadata = read_weights(path)
-        deltas = parse_lora(tensors, path.name)
+        layers = stored_layers_per_block(metadata)
+        deltas = parse_lora(tensors, path.name, layers_per_block=layers)
         if family == "auto":
             family = metadata.get("personalize.family") or _family_of(deltas, path.name)
         bundled = {key: value for key, value in tensors.items() if key.startswith("bundle_emb.")}
         if layout == LAYOUTS[0]:
-            converted = kohya_tensors(deltas, family) | bundled
+            converted = kohya_tensors(deltas, family, layers_per_block=layers) | bundled
         else:
             # diffusers refuses files with keys that are not of a LoRA; the tokens have a file of their own.
             converted = diffusers_tensors(deltas)

@@ -41,6 +41,11 @@ class TrainingBase:
         return self.schedule.prediction_type
 
     @property
+    def layers_per_block(self) -> int:
+        """Residual blocks of each level of the UNet's way down; kohya's files number SDXL's layers by it."""
+        return self.unet.config.get("layers_per_block", 2)
+
+    @property
     def label(self) -> str:
         """For people: family, prediction type where unusual, and name."""
         velocity = " v-prediction" if self.prediction_type == "v_prediction" else ""

@@ -24,6 +24,8 @@ def detect_folder_family(folder: Path) -> Family:
         raise _refuse(folder, f"a {pipeline or 'model'} with {channels} input channels")
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise _refuse(folder, f"a {unet['_class_name']}")
+    if not isinstance(layers := unet.get("layers_per_block", 2), int):
+        raise _refuse(folder, f"a distilled UNet with {layers} layers in its levels")
     if unet.get("addition_embed_type") == "text_time":
         if encoders == ["text_encoder", "text_encoder_2"]:
             return SDXL

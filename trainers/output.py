@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..models.errors import ConfigError, FormatError
 from ..models.families import Family
-from ..models.formats import describe, safe_name, write_safetensors
+from ..models.formats import LAYERS_KEY, describe, safe_name, write_safetensors
 from ..models.lora import LowRankDelta, kohya_tensors
 from ..models.tokens import LearnedToken, embedding_stems, plain_name
 from .config import TrainConfig
@@ -96,6 +96,7 @@ def save_personalization(
     tokens: Sequence[LearnedToken],
     *,
     family: Family,
+    layers_per_block: int,
     method: str,
     config: TrainConfig,
     overwrite: bool = False,
@@ -109,6 +110,7 @@ def save_personalization(
     Args:
         deltas: trained changes by diffusers' module names.
         rows: encoder key (``clip_l``, ``clip_g``, ``clip_h``) -> (all rows, dim), in the order of ``tokens``.
+        layers_per_block: of the base's UNet.
         extra: further metadata, such as the workflow.
 
     Raises:
@@ -117,7 +119,8 @@ def save_personalization(
     """
     shared = {"family": family.name, "method": method, "title": place.name, "config": config.as_dict(), "extra": extra}
     dtype = torch.float16 if config.save_precision == "fp16" else torch.float32
-    tensors = {key: _narrowed(tensor, dtype) for key, tensor in kohya_tensors(deltas, family.name).items()}
+    tensors = kohya_tensors(deltas, family.name, layers_per_block=layers_per_block)
+    tensors = {key: _narrowed(tensor, dtype) for key, tensor in tensors.items()}
     ranks = {delta.rank for delta in deltas.values()}
     written, start = [], 0
     embeddings = {}
@@ -127,7 +130,7 @@ def save_personalization(
         embeddings[token] = part
         if config.bundle_tokens:
             tensors |= {f"bundle_emb.{plain_name(token.trigger)}.{key}": value for key, value in part.items()}
-    metadata = describe(LORA_FORMAT, tokens=tokens, **shared)
+    metadata = describe(LORA_FORMAT, tokens=tokens, **shared) | {LAYERS_KEY: str(layers_per_block)}
     if ranks:
         metadata |= {"ss_network_dim": str(max(ranks)), "ss_network_module": "networks.lora"}
     written.append(write_safetensors(place.lora_path, tensors, metadata, overwrite=overwrite))

@@ -60,8 +60,13 @@ class Personalization:
         return {key: torch.cat([part[key] for part in parts]) for key in widths}
 
 
-def open_personalization(settings: PersonalizationSettings, family: Family) -> Personalization:
+def open_personalization(
+    settings: PersonalizationSettings, family: Family, *, layers_per_block: int = 2
+) -> Personalization:
     """Read a LoRA and its tokens.
+
+    Args:
+        layers_per_block: of the base's UNet; kohya's files number SDXL's layers by it.
 
     Raises:
         FormatError: a file is absent, damaged or no plain LoRA.
@@ -84,7 +89,7 @@ def open_personalization(settings: PersonalizationSettings, family: Family) -> P
         LearnedToken(found.trigger, initializers.get(found.trigger, ""), len(next(iter(found.rows.values()))))
         for found in embeddings
     )
-    deltas = parse_lora(tensors, path.name)
+    deltas = parse_lora(tensors, path.name, layers_per_block=layers_per_block)
     if not deltas and not tokens:
         raise FormatError(f"{path.name}: holds neither a LoRA nor learned tokens; choose another file")
     return Personalization(path.name, deltas, tokens, tuple(embeddings), settings)

@@ -196,7 +196,9 @@ def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
         refuse_existing([output.path(seed) for seed in seeds])
     base = open_base(settings.base.path, vae=settings.base.vae or None, tokenizer=settings.base.tokenizer or None)
     chosen = [settings.lora] if settings.style is None else [settings.lora, settings.style]
-    personalizations = [open_personalization(item, base.family) for item in chosen]
+    personalizations = [
+        open_personalization(item, base.family, layers_per_block=base.layers_per_block) for item in chosen
+    ]
     check_distinct([token for item in personalizations for token in item.tokens])
     pictures = sample_pictures(
         config,

@@ -166,6 +166,7 @@ def train(
             text.rows(),
             dataset.tokens,
             family=base.family,
+            layers_per_block=base.layers_per_block,
             method="dco",
             config=config,
             overwrite=place.overwrite or resumed,

@@ -18,6 +18,7 @@ from comfyui_personalize.models.formats import (
     read_torch_file,
     read_weights,
     safe_name,
+    stored_layers_per_block,
     stored_tokens,
     write_safetensors,
 )
@@ -355,6 +356,14 @@ def test_embedding_files_name_their_architecture(family, architecture):
     assert metadata["modelspec.architecture"] == f"{architecture}/textual-inversion"
     assert "modelspec.trigger_phrase" not in metadata
     assert stored_tokens(metadata) == ()
+
+
+def test_layers_per_block_are_two_unless_the_file_says_otherwise():
+    assert stored_layers_per_block({}) == 2
+    assert stored_layers_per_block({"personalize.layers_per_block": "1"}) == 1
+    for damaged in ("", "0", "-1", "two", "1.5", "100", "１"):
+        with pytest.raises(FormatError, match=f"personalize.layers_per_block is '{damaged}', expected a small number"):
+            stored_layers_per_block({"personalize.layers_per_block": damaged})
 
 
 def test_token_lists_of_other_files_are_empty_and_damaged_ones_refused():

@@ -68,6 +68,11 @@ def test_single_file(family, tiny_checkpoint):
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
 
+def test_layers_per_block_are_counted(tiny_checkpoint):
+    counts = {name: open_base(tiny_checkpoint(name)).layers_per_block for name in ("sd15", "sdxl", "world_sdxl")}
+    assert counts == {"sd15": 2, "sdxl": 2, "world_sdxl": 1}
+
+
 def test_weights_arrive_in_the_asked_precision(tiny_checkpoint, weights_of):
     base, weights = open_base(tiny_checkpoint("sdxl")), weights_of("sdxl")
     unet = base.load_unet(torch.bfloat16)
@@ -85,6 +90,7 @@ def test_weights_arrive_in_the_asked_precision(tiny_checkpoint, weights_of):
 def test_diffusers_folder_is_the_same_base(family, tiny_checkpoint, tmp_path):
     single = open_base(tiny_checkpoint(family))
     folder = open_base(save_folder(single, tmp_path / "model"))
+    assert folder.layers_per_block == single.layers_per_block
     assert folder.family is single.family and folder.prediction_type == single.prediction_type
     assert torch.equal(folder.noise_schedule().alphas_cumprod, single.noise_schedule().alphas_cumprod)
     assert folder.tokenizer_folder == tmp_path / "model" / "tokenizer"
@@ -326,6 +332,7 @@ def test_damaged_files_are_refused(tiny_checkpoint, tmp_path):
         ({"_class_name": "UNetSpatioTemporalConditionModel"}, "a UNetSpatioTemporalConditionModel"),
         ({"addition_embed_type": "text_time"}, "a UNet without text encoders"),
         ({"cross_attention_dim": 999}, "a UNet for text of width 999"),
+        ({"layers_per_block": [2, 1]}, r"a distilled UNet with \[2, 1\] layers in its levels"),
     ],
 )
 def test_other_folders_are_refused(tiny_checkpoint, tmp_path, change, message):

@@ -64,7 +64,7 @@ def draw(unet, embeds, pooled):
     return unet(noisy, torch.tensor([500]), embeds, added_cond_kwargs=added).sample
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "world_sd15", "world_sdxl"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_diffusers_reads_what_was_trained(family, precision, tiny, inside):
     captions = [f"a <dog> with a <my-hat>, number {number}" for number in range(4)]
@@ -96,6 +96,7 @@ def test_a_file_tells_how_it_was_made(tiny):
     lora, *embeddings = result.files
     metadata = read_header(lora).metadata
     assert stored_tokens(metadata) == TOKENS
+    assert metadata["personalize.layers_per_block"] == "2"
     assert metadata["personalize.family"] == "sdxl" and metadata["personalize.method"] == "dco"
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert (metadata["ss_network_dim"], metadata["ss_base_model_version"]) == ("4", "sdxl_base_v1-0")

@@ -290,6 +290,19 @@ def test_a_lora_that_does_not_fit_the_layers_is_refused(tiny_checkpoint, make_lo
 # The command
 
 
+def test_a_lora_of_a_base_with_one_layer_per_block_finds_its_layers(tiny_checkpoint, tmp_path):
+    base = open_base(tiny_checkpoint("world_sdxl"))
+    unet = base.load_unet()
+    randomize(add_lora(unet, 4, ATTENTION, generator(1)), 1)
+    deltas = read_lora(unet, "unet")
+    tensors = kohya_tensors(deltas, "sdxl", layers_per_block=1)
+    save_file(tensors, tmp_path / "lora.safetensors")  # of another trainer: its metadata does not tell
+    opened = open_personalization(settings(tmp_path / "lora.safetensors"), base.family, layers_per_block=1)
+    assert opened.deltas.keys() == deltas.keys()
+    given = values(tiny_checkpoint("world_sdxl"), tmp_path / "lora.safetensors", tmp_path / "out", prompt="a dog")
+    assert run(given, SilentProgress(), Ranks()) == 0
+
+
 def test_the_recipe_writes_pictures_that_say_how_they_were_made(tiny_checkpoint, make_lora, tmp_path, capsys):
     lora = make_lora(family="sdxl")
     given = values(tiny_checkpoint("sdxl"), lora, tmp_path / "out", count=2, seed=7, width=96)
