@@ -469,7 +469,7 @@ def near_identity(rng: random.Random, who: Identity) -> Identity:
 
 EXAMPLES = 24000
 SEED = 3
-PLAN = Plan(steps=2000, batch=128, lr=2e-3, flat=0.4, clip=None, ema=0.995, seed=SEED)
+PLAN = Plan(steps=1600, batch=128, lr=2e-3, flat=0.4, clip=None, ema=0.995, seed=SEED)
 UNSEEN = 2400
 """Pictures for the calibration, and as many again for the measurement."""
 LATENT_NOISE = 0.25
