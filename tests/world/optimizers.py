@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -41,19 +42,38 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes[tuple(parameter.shape)].append(parameter)
-            for shape, parameters in shapes.items():
+            updates = []
+            for parameters in shapes.values():
                 buffers = [self._buffer(parameter) for parameter in parameters]
                 gradients = [parameter.grad for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(gradients, buffers, group["momentum"])
-                stacked = torch.stack([update.flatten(1) for update in nesterov])
+                updates.append(torch.stack([update.flatten(1) for update in nesterov]))
+            for parameters, update in zip(shapes.values(), _orthogonalize_together(updates)):
                 # Root mean square 0.2 like AdamW's steps (Liu et al. 2025).
-                size = 0.2 * max(stacked.shape[1:]) ** 0.5
-                updates = orthogonalized(stacked).reshape(len(parameters), *shape)
-                torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * size)
+                size = 0.2 * max(update.shape[1:]) ** 0.5
+                matrices = list(update.reshape(len(parameters), *parameters[0].shape))
+                torch._foreach_add_(parameters, matrices, alpha=-group["lr"] * size)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         return state["momentum"]
+
+
+def _orthogonalize_together(stacks: list[Tensor]) -> list[Tensor]:
+    """Orthogonalize stacks of matrices; processes that train together do every n-th matrix each and exchange them."""
+    if not dist.is_initialized():
+        return [orthogonalized(stack) for stack in stacks]
+    mine, count = dist.get_rank(), dist.get_world_size()
+    flat = torch.zeros(sum(stack.numel() for stack in stacks))
+    results = [part.view_as(stack) for part, stack in zip(flat.split([stack.numel() for stack in stacks]), stacks)]
+    first = 0  # matrices go round over all stacks, as many of these hold one matrix only
+    for stack, result in zip(stacks, results):
+        chosen = slice((mine - first) % count, None, count)
+        if stack[chosen].numel():
+            result[chosen] = orthogonalized(stack[chosen])
+        first += len(stack)
+    dist.all_reduce(flat)
+    return results
