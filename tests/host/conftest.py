@@ -1,5 +1,6 @@
 """Fixtures of tests that run inside the host: the host's own classes in this process, without a server."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,18 +17,50 @@ def host_modules(comfyui, load_helper, tmp_path_factory):
     return host
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tiny_checkpoint, load_helper, tmp_path_factory):
+    """name -> path of a checkpoint: a family's tiny one, or "world_sd15" or "world_sdxl" of the small world.
+
+    Those are the trained ones; where none are committed, as the training script lays them out before it has trained.
+    """
+    weights, folder = load_helper("world/weights.py"), tmp_path_factory.mktemp("world")
+
+    def path_of(name):
+        if not name.startswith("world_"):
+            return tiny_checkpoint(name)
+        if f"{name}.safetensors" in weights.read_card()["files"]:
+            return weights.path_of(f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            _write_untrained(folder, load_helper)
+        return path
+
+    return path_of
+
+
+def _write_untrained(folder, load_helper):
+    before = list(sys.path)
+    train = load_helper("world/train.py")
+    sys.path[:] = before + [entry for entry in sys.path if entry not in before]  # the host's folder stays first
+    torch.manual_seed(0)
+    torch.save(train.NarrowAutoencoder().state_dict(), folder / "decoder.weights.pt")
+    for name in train.MODELS:
+        torch.save(train.Denoiser(train.build(name)).state_dict(), folder / f"{name}.weights.pt")
+    train.write_checkpoints(folder, processes=1)
+
+
 @pytest.fixture
-def comfy(host_modules, tiny_checkpoint):
-    """The host's modules, and `load(family)` -> (model, clip, vae), the first two fresh clones of tiny models.
+def comfy(host_modules, checkpoint):
+    """The host's modules, and `load(name)` -> (model, clip, vae), the first two fresh clones of small models.
 
     The whole test runs in torch.inference_mode(), and the weights were made in it, as in the host's executor.
     """
 
-    def load(family: str):
-        if family not in host_modules.loaded:
+    def load(name: str):
+        if name not in host_modules.loaded:
             loader = host_modules.sd.load_checkpoint_guess_config
-            host_modules.loaded[family] = loader(str(tiny_checkpoint(family)))[:3]
-        model, clip, vae = host_modules.loaded[family]
+            host_modules.loaded[name] = loader(str(checkpoint(name)))[:3]
+        model, clip, vae = host_modules.loaded[name]
         return model.clone(), clip.clone(), vae
 
     with torch.inference_mode():

@@ -9,6 +9,7 @@ from comfyui_personalize.trainers.text import PromptEncoder
 from comfyui_personalize.trainers.tokenizer import load_tokenizer
 
 FAMILIES = ("sd15", "sd21", "sdxl")
+CHECKPOINTS = (*FAMILIES, "world_sd15", "world_sdxl")
 PROMPTS = [
     "a photo of a dog playing saxophone, sticker style",
     "",
@@ -23,10 +24,10 @@ def assert_close(actual, expected, relative=1e-4):
     assert error < relative, f"largest difference is {error:.2e} of the largest value"
 
 
-@pytest.fixture(params=FAMILIES)
-def pair(request, comfy, tiny_checkpoint):
-    """Our base, and the host's (model, clip, vae), of one family."""
-    return open_base(tiny_checkpoint(request.param)), comfy.load(request.param)
+@pytest.fixture(params=CHECKPOINTS)
+def pair(request, comfy, checkpoint):
+    """Our base, and the host's (model, clip, vae), of one checkpoint."""
+    return open_base(checkpoint(request.param)), comfy.load(request.param)
 
 
 @pytest.mark.parametrize("from_folder", [True, False], ids=["host's tokenizer", "merges file"])

@@ -96,17 +96,17 @@ def test_an_uploaded_picture_can_be_loaded(client):
     assert picture.convert("RGB").getpixel((3, 3)) == (200, 30, 30)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_host_finds_every_weight_that_it_expects(comfy, tiny_checkpoint, family, caplog):
+@pytest.mark.parametrize("family", (*FAMILIES, "world_sd15", "world_sdxl"))
+def test_the_host_finds_every_weight_that_it_expects(comfy, checkpoint, family, caplog):
     with caplog.at_level(logging.DEBUG):
-        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(tiny_checkpoint(family)))
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint(family)))
     complaints = [text for text in caplog.messages if "missing" in text.lower() or "unexpected" in text.lower()]
     unexplained = [text for text in complaints if not all(key.endswith(EXPECTED_MISSING) for key in _keys_in(text))]
     assert not unexplained
     left_over = [key for text in caplog.messages if text.startswith("left over keys") for key in _keys_in(text)]
     assert left_over in ([], ["v_pred"])
 
-    assert type(model.model).__name__ == ("SDXL" if family == "sdxl" else "BaseModel")
+    assert type(model.model).__name__ == ("SDXL" if family.endswith("sdxl") else "BaseModel")
     assert model.model.model_type.name == ("V_PREDICTION" if family == "sd21" else "EPS")
     assert clip.tokenize("a dog") and vae.latent_channels == 4
 

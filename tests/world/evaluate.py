@@ -35,9 +35,9 @@ from find_host import find_comfyui  # noqa: E402
 from generator import random_scene  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from scenes import SIDE, Creature, Scene  # noqa: E402
-from scorer import Reading, Scorer, compare  # noqa: E402
+from scorer import Reading, Scorer, ScorerError, compare  # noqa: E402
 from torch import Tensor  # noqa: E402
-from weights import evaluation_table  # noqa: E402
+from weights import WeightsError, evaluation_table  # noqa: E402
 
 SEED = 9
 SAMPLER, SCHEDULER, STEPS = "euler", "normal", 20
@@ -197,12 +197,13 @@ def evaluate(
     counts = {"shape": count - count // 2, "pair": count // 2, "creature": count // 5, "person": count // 5}
     scenes = {kind: unseen_scenes(kind, number) for kind, number in counts.items()}
     pictures = {kind: drawn(chosen) for kind, chosen in scenes.items()}
-    sampled = {kind: model.sample([caption(scene) for scene in chosen], cfg) for kind, chosen in scenes.items()}
+    made = model.sample([caption(scene) for chosen in scenes.values() for scene in chosen], cfg)
+    sampled = dict(zip(scenes, made.split(list(counts.values()))))
     rebuilt = {kind: model.through_autoencoder(originals) for kind, originals in pictures.items()}
 
     right = {
-        source: {kind: _right(scorer.read(made[kind]), scenes[kind]) for kind in scenes}
-        for source, made in (("sampled", sampled), ("ceiling", rebuilt), ("drawn", pictures))
+        source: {kind: _right(scorer.read(of_kind[kind]), scenes[kind]) for kind in scenes}
+        for source, of_kind in (("sampled", sampled), ("ceiling", rebuilt), ("drawn", pictures))
     }
     rows = []
     for of, kinds, keys in ROWS:
@@ -281,10 +282,12 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=CFG)
     parser.add_argument("--sheet", type=Path, help="save pictures with their captions as this JPEG")
     given = parser.parse_args()
+    if not given.checkpoint.is_file():
+        parser.error(f"{given.checkpoint}: no such checkpoint")
     try:
         scorer = Scorer.load(given.scorer)
         result = evaluate(given.checkpoint, count=given.count, cfg=given.cfg, scorer=scorer, sheet=given.sheet)
-    except NoHostError as error:
+    except (NoHostError, ScorerError, WeightsError) as error:
         sys.exit(str(error))
     print("\n".join(evaluation_table(result)))
 
