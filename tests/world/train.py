@@ -34,8 +34,8 @@ EXAMPLES = 24000
 UNSEEN = 200
 """Examples at the end of the list that nothing is trained on."""
 SEED = 1
-SD15 = Plan(steps=2900, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
-SDXL = Plan(steps=1900, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
+SD15 = Plan(steps=2200, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
+SDXL = Plan(steps=1500, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
 """Shorter, because it begins where the other ended."""
 AUTOENCODER = Plan(steps=4500, batch=16, lr=2e-3, flat=0.5)
 DECODER = Plan(steps=1500, batch=16, lr=1e-3, flat=0.2)
