@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +18,13 @@ from scenes import SIDE, Scene
 from torch import Tensor
 
 from comfyui_personalize.models.families import EncoderSlot
+from comfyui_personalize.trainers.tokenizer import load_tokenizer
 
 LENGTH = 77
+SEED = 1
+EXAMPLES = 24000
+UNSEEN = 200
+"""Examples at the end of the list that nothing is trained on."""
 CAPTIONS = 4
 RARE_WORDS = 0.04
 """Share of captions in which a random token stands somewhere, so that rare words' rows are trained a little."""
@@ -112,6 +119,18 @@ def make_examples(count: int, seed: int, tokenizer) -> Examples:
     return Examples(
         torch.stack(pictures), torch.stack(masks), torch.tensor(ids, dtype=torch.int32), torch.tensor(sizes)
     )
+
+
+def draw_examples(work: Path) -> None:
+    """Draw the examples that everything is trained on into ``work``, once."""
+    path = work / "examples.pt"
+    if not path.exists():
+        torch.save(vars(make_examples(EXAMPLES, SEED, load_tokenizer())), path.with_suffix(".partial"))
+        os.replace(path.with_suffix(".partial"), path)
+
+
+def load_examples(work: Path) -> Examples:
+    return Examples(**torch.load(work / "examples.pt", weights_only=True, mmap=True))
 
 
 def in_unit_range(pictures: Tensor, indices: Sequence[int] | Tensor = slice(None)) -> Tensor:

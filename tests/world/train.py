@@ -7,9 +7,12 @@ weights are this script's output; the card beside them says on what machine and 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,25 +23,37 @@ import boot  # noqa: E402 - lies in the folder that was just added
 
 boot.declare_missing_torchvision_operators()
 
+import clip_pair  # noqa: E402
+import identity  # noqa: E402
+import scorer  # noqa: E402
 import torch  # noqa: E402
+import weights  # noqa: E402
 from autoencoder import NarrowAutoencoder, latent_penalty, psnr, reconstruction_loss, taesd_tensors  # noqa: E402
-from dataset import Examples, in_unit_range, make_examples  # noqa: E402
+from clip_pair import train_clip  # noqa: E402
+from dataset import CAPTIONS, EXAMPLES, SEED, UNSEEN, draw_examples, in_unit_range, load_examples  # noqa: E402
 from diffusion import Denoiser, cache_latents, train_text_to_image  # noqa: E402
+from identity import train_identity  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from scorer import FILE as SCORER_FILE  # noqa: E402
+from scorer import Scorer, train_scorer  # noqa: E402
 from training import Plan, fit, in_processes, rank  # noqa: E402
 
-from comfyui_personalize.trainers.tokenizer import load_tokenizer  # noqa: E402
 from models import MODELS, build, checkpoint_tensors, warm_start  # noqa: E402
 
-EXAMPLES = 24000
-UNSEEN = 200
-"""Examples at the end of the list that nothing is trained on."""
-SEED = 1
 SD15 = Plan(steps=2200, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
 SDXL = Plan(steps=1500, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
 """Shorter, because it begins where the other ended."""
 AUTOENCODER = Plan(steps=4500, batch=16, lr=2e-3, flat=0.5)
 DECODER = Plan(steps=1500, batch=16, lr=1e-3, flat=0.2)
+OUTPUTS = {
+    "world_sd15.safetensors": (SD15.steps, f"{EXAMPLES} drawn pictures with {CAPTIONS} captions each"),
+    "world_sdxl.safetensors": (SDXL.steps, f"the same {EXAMPLES} pictures, beginning from world_sd15"),
+    SCORER_FILE: (scorer.PLAN.steps, "pictures with labels, also of the held-out characters, people and styles"),
+    clip_pair.FILE: (clip_pair.PLAN.steps, "the text-to-image models' pictures and captions"),
+    identity.FILE: (identity.PLAN.steps, "portraits of people made up at random"),
+}
+"""File -> steps of its training, and what it saw."""
 LATENT_NOISE = 0.03
 OBJECT_WEIGHT = 4.0
 
@@ -54,19 +69,11 @@ def main() -> None:
         if arguments.only in (None, name):
             started = time.monotonic()
             stage(arguments.work, arguments.processes)
+            for file, (steps, data) in OUTPUTS.items():
+                if weights.STAGES[file] == name:
+                    run = weights.Run.now(seed=SEED, steps=steps, data=data)
+                    (arguments.work / f"{file}.run.json").write_text(json.dumps(asdict(run)), encoding="utf-8")
             print(f"{name}: done in {(time.monotonic() - started) / 60:.1f} min", flush=True)
-
-
-def draw_examples(work: Path, processes: int) -> None:
-    path = work / "examples.pt"
-    if not path.exists():
-        examples = make_examples(EXAMPLES, SEED, load_tokenizer())
-        torch.save(vars(examples), path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
-
-
-def load_examples(work: Path) -> Examples:
-    return Examples(**torch.load(work / "examples.pt", weights_only=True, mmap=True))
 
 
 def train_autoencoder(work: Path, processes: int) -> None:
@@ -103,13 +110,17 @@ def load_trained_autoencoder(work: Path, stage: str = "autoencoder") -> NarrowAu
 
 
 def train_sd15(work: Path, processes: int) -> None:
-    _encode_examples(work)
-    in_processes(processes, work, _train_text_to_image, work, "world_sd15", SD15)
+    _train_model(work, processes, "world_sd15", SD15)
 
 
 def train_sdxl(work: Path, processes: int) -> None:
+    _train_model(work, processes, "world_sdxl", SDXL)
+
+
+def _train_model(work: Path, processes: int, name: str, plan: Plan) -> None:
     _encode_examples(work)
-    in_processes(processes, work, _train_text_to_image, work, "world_sdxl", SDXL)
+    in_processes(processes, work, _train_text_to_image, work, name, plan)
+    write_checkpoint(work, name)
 
 
 def _encode_examples(work: Path) -> torch.Tensor:
@@ -152,27 +163,47 @@ def _train_decoder(work: Path) -> None:
         torch.save(model.state_dict(), work / "decoder.weights.pt")
 
 
-def write_checkpoints(work: Path, processes: int) -> None:
-    """The two models as single files in half precision."""
-    autoencoder = load_trained_autoencoder(work, "decoder")
-    for name in MODELS:
-        denoiser = Denoiser(build(name))
-        denoiser.load_state_dict(torch.load(work / f"{name}.weights.pt", weights_only=True))
-        model = denoiser.model
-        tensors = checkpoint_tensors(model, model.unet.state_dict(), [part.state_dict() for part in model.encoders])
-        for part, weight in taesd_tensors(autoencoder, model.family.latent_scale).items():
-            tensors[f"first_stage_model.{part}"] = weight
-        tensors = {part: weight.half().contiguous() for part, weight in tensors.items()}
-        save_file(tensors, work / f"{name}.safetensors", metadata={"format": "pt"})
+def write_checkpoint(work: Path, name: str) -> None:
+    """A model as a single file in half precision."""
+    denoiser = Denoiser(build(name))
+    denoiser.load_state_dict(torch.load(work / f"{name}.weights.pt", weights_only=True))
+    model = denoiser.model
+    tensors = checkpoint_tensors(model, model.unet.state_dict(), [part.state_dict() for part in model.encoders])
+    for part, weight in taesd_tensors(load_trained_autoencoder(work, "decoder"), model.family.latent_scale).items():
+        tensors[f"first_stage_model.{part}"] = weight
+    tensors = {part: weight.half().contiguous() for part, weight in tensors.items()}
+    save_file(tensors, work / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def describe_files(work: Path, processes: int) -> None:
+    """Measure the files, copy them to weights/ and write the card about them."""
+    from evaluate import evaluate  # it needs this module's constants
+
+    weights.FOLDER.mkdir(exist_ok=True)
+    runs, scores, sheets = {}, {}, {}
+    for file in weights.STAGES:
+        shutil.copyfile(work / file, weights.FOLDER / file)
+        runs[file] = weights.Run(**json.loads((work / f"{file}.run.json").read_text(encoding="utf-8")))
+    for file in (f"{name}.safetensors" for name in MODELS):
+        sheets[file] = weights.FOLDER / file.replace(".safetensors", ".jpg")
+        reader = Scorer.load(weights.FOLDER / SCORER_FILE)
+        scores[file] = evaluate(weights.FOLDER / file, scorer=reader, sheet=sheets[file])
+    for file in weights.STAGES.keys() - scores.keys():
+        with safe_open(weights.FOLDER / file, "numpy") as content:
+            scores[file] = json.loads(content.metadata()["scores"])
+    weights.write_card(runs, scores, sheets)
 
 
 STAGES = {
-    "examples": draw_examples,
+    "examples": lambda work, processes: draw_examples(work),
     "autoencoder": train_autoencoder,
+    "decoder": train_decoder,
     "sd15": train_sd15,
     "sdxl": train_sdxl,
-    "decoder": train_decoder,
-    "checkpoints": write_checkpoints,
+    "scorer": train_scorer,
+    "clip": train_clip,
+    "identity": train_identity,
+    "card": describe_files,
 }
 
 if __name__ == "__main__":
