@@ -98,7 +98,7 @@ class Run:
     data: str
     """What it was trained on, in words."""
     commit: str
-    """Of the repository; ends in "-dirty" when tracked files had been changed."""
+    """The last that changed the world's or the models' code; ends in "-dirty" when that code had been changed."""
     machine: str
     date: str
     """Of its end, ISO 8601, UTC."""
@@ -123,8 +123,13 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    code = [str(HERE), str(HERE.parent / "tiny"), f":(exclude){FOLDER}"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments, "--", *code]
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("log", "-1", "--format=%H") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def write_card(
