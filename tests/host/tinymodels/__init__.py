@@ -4,9 +4,11 @@ The host knows a model by the sizes of its weights; this adds the tiny sizes. Al
 """
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
+import comfy.clip_vision
 import comfy.model_base
 import comfy.sd1_clip
 import comfy.sdxl_clip
@@ -15,12 +17,13 @@ import comfy.supported_models_base
 import comfy.text_encoders.sd2_clip
 
 NODE_CLASS_MAPPINGS = {}
+# Resolved, because the host reaches this file through a link in its custom_nodes folder.
+_TINY = Path(__file__).resolve().parents[2] / "tiny"
+_CLIP_VISION_SIZES = _TINY / "clip_vision.json"
 
 
 def _load_sizes():
-    # Resolved, because the host reaches this file through a link in its custom_nodes folder.
-    path = Path(__file__).resolve().parents[2] / "tiny" / "checkpoints.py"
-    spec = importlib.util.spec_from_file_location("personalize_tiny_checkpoints", path)
+    spec = importlib.util.spec_from_file_location("personalize_tiny_checkpoints", _TINY / "checkpoints.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -113,3 +116,26 @@ _classes = [_tiny_class(family) for family in _checkpoints.FAMILIES.values()]
 if not {known.__name__ for known in comfy.supported_models.models} & {tiny.__name__ for tiny in _classes}:
     # Before the real ones: the first entry that matches wins.
     comfy.supported_models.models[:0] = _classes
+
+
+def _knowing_the_tiny_clip_vision(load):
+    """The host's loader of image encoders, which knows them by their number of layers in a list of its own."""
+    sizes = json.loads(_CLIP_VISION_SIZES.read_text())
+    patches = (sizes["hidden_size"], sizes["num_channels"], sizes["patch_size"], sizes["patch_size"])
+
+    def load_clipvision_from_sd(sd, prefix="", convert_keys=False):
+        found = sd.get("vision_model.embeddings.patch_embedding.weight")
+        if found is None or found.shape != patches:
+            return load(sd, prefix, convert_keys)
+        model = comfy.clip_vision.ClipVisionModel(_CLIP_VISION_SIZES)
+        missing, _ = model.load_sd(sd)  # the text half of the file is left over
+        if missing:
+            raise ValueError(f"a tiny image encoder without {', '.join(missing)}")
+        return model
+
+    return load_clipvision_from_sd
+
+
+# Once, also where this file is executed twice in one process.
+if comfy.clip_vision.load_clipvision_from_sd.__module__ == comfy.clip_vision.__name__:
+    comfy.clip_vision.load_clipvision_from_sd = _knowing_the_tiny_clip_vision(comfy.clip_vision.load_clipvision_from_sd)
