@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from captions import caption, random_caption
-from dataset import draw_bytes, in_unit_range, padded_ids
+from dataset import UNSEEN, draw_bytes, in_unit_range, load_examples, padded_ids
 from generator import random_scene
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -144,8 +144,6 @@ def train_clip(work: Path, processes: int) -> None:
 
 
 def _train_clip(work: Path, plan: Plan = PLAN, rebuilt: int = REBUILT) -> None:
-    from train import UNSEEN, load_examples  # not above: that script imports this module
-
     torch.manual_seed(SEED)
     examples = load_examples(work)
     count_seen = len(examples) - UNSEEN
