@@ -344,7 +344,8 @@ def sheets(records: Sequence[Record], extent: Extent) -> dict[str, Image.Image]:
     return {
         "fidelity": draw_sheet(
             f"The character {subject}, drawn after it was taught",
-            "Each column a prompt and a seed of the noise, each row what draws.",
+            f"Each column a prompt and a seed of the noise, each row what draws. After the training <{subject}> stands "
+            "in the place of its class word.",
             _rows({record.method: record for record in by_method}, _examples(by_method[0])),
         ),
         "lengths": draw_sheet(
@@ -373,7 +374,7 @@ def sheets(records: Sequence[Record], extent: Extent) -> dict[str, Image.Image]:
         ),
         "merge": draw_sheet(
             "A subject in a style, both taught apart",
-            "Rows: the style, and what draws. No training saw the two together.",
+            "Each row a style and what draws. No training saw the two together.",
             _rows({f"{record.style}: {record.method}": record for record in merges}, range(5)),
         ),
     }
@@ -392,11 +393,12 @@ def _first(record: Record, word: str) -> int:
 
 
 def _rows(records: dict[str, Record], places: Sequence[int]) -> list[Row]:
-    """A row for each record, the prompts written above the first one."""
+    """A row for each record, the prompts written above the first one, without a style that differs by row."""
     rows = []
     for text, record in records.items():
-        labels = [record.prompts[place] for place in places] if not rows else []
-        rows.append(Row(text, labels, [_picture(record, place) for place in places]))
+        places = [place for place in places if place < len(record.prompts)]
+        labels = [record.prompts[place].removesuffix(f" in {record.style} style") for place in places]
+        rows.append(Row(text, labels if not rows else [], [_picture(record, place) for place in places]))
     return rows
 
 
