@@ -46,7 +46,7 @@ def _write_untrained(folder, load_helper):
     torch.save(train.NarrowAutoencoder().state_dict(), folder / "decoder.weights.pt")
     for name in train.MODELS:
         torch.save(train.Denoiser(train.build(name)).state_dict(), folder / f"{name}.weights.pt")
-    train.write_checkpoints(folder, processes=1)
+        train.write_checkpoint(folder, name)
 
 
 @pytest.fixture

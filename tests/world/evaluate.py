@@ -16,8 +16,6 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch  # before train, which restricts it to one thread
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(path) for path in (HERE, HERE.parent / "host", HERE.parent / "tiny")]
 
@@ -25,8 +23,9 @@ import boot  # noqa: E402 - lies in a folder that was just added
 
 boot.declare_missing_torchvision_operators()
 
+import dataset  # noqa: E402
 import numpy as np  # noqa: E402
-import train  # noqa: E402
+import torch  # noqa: E402
 from autoencoder import psnr  # noqa: E402
 from captions import caption  # noqa: E402
 from dataset import draw_bytes, in_unit_range  # noqa: E402
@@ -77,7 +76,9 @@ def unseen_scenes(kind: str, count: int, seed: int = SEED) -> list[Scene]:
 
 @cache
 def _training_captions() -> frozenset[str]:
-    return frozenset(caption(random_scene(random.Random(f"{train.SEED}/{number}"))) for number in range(train.EXAMPLES))
+    return frozenset(
+        caption(random_scene(random.Random(f"{dataset.SEED}/{number}"))) for number in range(dataset.EXAMPLES)
+    )
 
 
 def _textures(scene: Scene) -> list[str]:

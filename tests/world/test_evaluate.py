@@ -19,9 +19,9 @@ def evaluate(load_helper):
 def test_the_training_captions_are_those_of_the_training_pictures(evaluate):
     from comfyui_personalize.trainers.tokenizer import load_tokenizer
 
-    train = evaluate.train
-    examples = train.make_examples(4, train.SEED, load_tokenizer())
-    scenes = [evaluate.random_scene(random.Random(f"{train.SEED}/{number}")) for number in range(4)]
+    dataset = evaluate.dataset
+    examples = dataset.make_examples(4, dataset.SEED, load_tokenizer())
+    scenes = [evaluate.random_scene(random.Random(f"{dataset.SEED}/{number}")) for number in range(4)]
     whole = [index for index in range(4) if examples.sizes[index].tolist() == [64, 64, 0, 0, 64, 64]]
     assert whole and all(torch.equal(examples.pictures[i], evaluate.draw_bytes(scenes[i])) for i in whole)
     assert {evaluate.caption(scene) for scene in scenes} <= evaluate._training_captions()

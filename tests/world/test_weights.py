@@ -27,7 +27,7 @@ def folder(weights, tmp_path):
     """A folder with a scorer of 8 weights and its card."""
     save_file({"a": np.ones((2, 3), np.float16), "b": np.ones(2, np.float16)}, tmp_path / FILE)
     run = weights.Run.now(seed=1, steps=7, data="3 drawn pictures")
-    weights.write_card({FILE: run}, {FILE: {"accuracy of shapes": 0.9912}}, {}, tmp_path)
+    weights.write_card({FILE: run}, {FILE: {"limit": 3, "drawn": {"shape": 0.9912}}}, {}, tmp_path)
     return tmp_path
 
 
@@ -72,7 +72,9 @@ def test_the_card_says_what_the_file_is_the_output_of(weights, folder):
     assert (entry["seed"], entry["steps"], entry["data"]) == (1, 7, "3 drawn pictures")
     assert len(entry["commit"].removesuffix("-dirty")) == 40
     assert "cores, torch 2." in entry["machine"]
-    assert entry["scores"] == {"accuracy of shapes": 0.9912}
+    assert entry["scores"] == {"limit": 3, "drawn": {"shape": 0.9912}}
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| limit | 3 |" in text and "| drawn, shape | 0.991 |" in text
 
 
 def test_people_read_the_same(weights, folder):

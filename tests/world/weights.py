@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -142,7 +142,7 @@ def write_card(
 
     Args:
         runs: file -> its training.
-        scores: file -> what `evaluate.evaluate` returned for a checkpoint, or for others name -> number.
+        scores: file -> what `evaluate.evaluate` returned for a checkpoint, or for others name -> number, nested or not.
         sheets: file -> sample sheet in the folder.
 
     Raises:
@@ -207,10 +207,19 @@ def readme(card: Mapping) -> str:
             lines += ["", *evaluation_table(entry["scores"])]
         elif entry["scores"]:
             lines += ["", "| measured | value |", "| --- | ---: |"]
-            lines += [f"| {name} | {value:.3g} |" for name, value in entry["scores"].items()]
+            lines += [f"| {name} | {value:.3g} |" for name, value in _flat(entry["scores"])]
         if "sheet" in entry:
             lines += ["", f"![Pictures of {file} with their captions]({entry['sheet']})"]
     return "\n".join(lines) + "\n"
+
+
+def _flat(scores: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Nested numbers one by one, "outer, inner" -> number."""
+    for name, value in scores.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}, ")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def evaluation_table(result: Mapping) -> list[str]:
