@@ -42,7 +42,7 @@ from training import Plan, fit, in_processes, rank  # noqa: E402
 from models import MODELS, build, checkpoint_tensors, warm_start  # noqa: E402
 
 SD15 = Plan(steps=2200, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
-SDXL = Plan(steps=1500, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
+SDXL = Plan(steps=1100, batch=64, lr=2e-3, flat=0.4, clip=1.0, ema=0.998)
 """Shorter, because it begins where the other ended."""
 AUTOENCODER = Plan(steps=4500, batch=16, lr=2e-3, flat=0.5)
 DECODER = Plan(steps=1500, batch=16, lr=1e-3, flat=0.2)
