@@ -56,6 +56,7 @@ OUTPUTS = {
 """File -> steps of its training, and what it saw."""
 LATENT_NOISE = 0.03
 OBJECT_WEIGHT = 4.0
+CAPTIONS_MEASURED = 200
 
 
 def main() -> None:
@@ -176,21 +177,24 @@ def write_checkpoint(work: Path, name: str) -> None:
 
 
 def describe_files(work: Path, processes: int) -> None:
-    """Measure the files, copy them to weights/ and write the card about them."""
-    from evaluate import evaluate  # it needs this module's constants
+    """Measure the files that there are, copy them to weights/ and write the card about them."""
+    from evaluate import evaluate  # it takes the threads that are left when this module has been imported
 
     weights.FOLDER.mkdir(exist_ok=True)
     runs, scores, sheets = {}, {}, {}
-    for file in weights.STAGES:
+    for file in (file for file in weights.STAGES if (work / file).exists()):
         shutil.copyfile(work / file, weights.FOLDER / file)
         runs[file] = weights.Run(**json.loads((work / f"{file}.run.json").read_text(encoding="utf-8")))
-    for file in (f"{name}.safetensors" for name in MODELS):
-        sheets[file] = weights.FOLDER / file.replace(".safetensors", ".jpg")
-        reader = Scorer.load(weights.FOLDER / SCORER_FILE)
-        scores[file] = evaluate(weights.FOLDER / file, scorer=reader, sheet=sheets[file])
-    for file in weights.STAGES.keys() - scores.keys():
-        with safe_open(weights.FOLDER / file, "numpy") as content:
-            scores[file] = json.loads(content.metadata()["scores"])
+    reader = Scorer.load(weights.FOLDER / SCORER_FILE)
+    for file in runs:
+        if file.removesuffix(".safetensors") in MODELS:
+            sheets[file] = weights.FOLDER / file.replace(".safetensors", ".jpg")
+            scores[file] = evaluate(weights.FOLDER / file, count=CAPTIONS_MEASURED, scorer=reader, sheet=sheets[file])
+        elif file == SCORER_FILE:
+            scores[file] = reader.accuracies
+        else:
+            with safe_open(weights.FOLDER / file, "numpy") as content:
+                scores[file] = json.loads(content.metadata()["scores"])
     weights.write_card(runs, scores, sheets)
 
 
