@@ -180,6 +180,7 @@ def describe_files(work: Path, processes: int) -> None:
     """Measure the files that there are, copy them to weights/ and write the card about them."""
     from evaluate import evaluate  # it takes the threads that are left when this module has been imported
 
+    torch.set_num_threads(processes)
     weights.FOLDER.mkdir(exist_ok=True)
     runs, scores, sheets = {}, {}, {}
     for file in (file for file in weights.STAGES if (work / file).exists()):
