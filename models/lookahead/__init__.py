@@ -1,0 +1,11 @@
+"""LCM-Lookahead (arXiv 2404.03620): a face encoder for SDXL, trained through a one-step preview.
+
+Identity reaches the model in two ways: tokens of the picture in cross-attention, as IP-Adapter Plus adds them, and the
+picture's own keys and values, computed by an encoder pass of the same UNet and joined to self-attention. Guidance has a
+scale for each. The encoder learns from losses on pictures, an identity loss on the aligned face above all, which a
+consistency model previews in one step from any timestep.
+"""
+
+from .resampler import IdentityTokens, Resampler, encode_identity, join_pictures
+
+__all__ = ["IdentityTokens", "Resampler", "encode_identity", "join_pictures"]
