@@ -6,6 +6,29 @@ scale for each. The encoder learns from losses on pictures, an identity loss on 
 consistency model previews in one step from any timestep.
 """
 
+from .injection import (
+    add_adapter,
+    append_or_repeat,
+    attention,
+    for_batch,
+    kept_tokens,
+    region_tokens,
+    shared_attention,
+    sharing_weights,
+)
 from .resampler import IdentityTokens, Resampler, encode_identity, join_pictures
 
-__all__ = ["IdentityTokens", "Resampler", "encode_identity", "join_pictures"]
+__all__ = [
+    "IdentityTokens",
+    "Resampler",
+    "add_adapter",
+    "append_or_repeat",
+    "attention",
+    "encode_identity",
+    "for_batch",
+    "join_pictures",
+    "kept_tokens",
+    "region_tokens",
+    "shared_attention",
+    "sharing_weights",
+]
