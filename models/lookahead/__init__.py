@@ -6,6 +6,7 @@ scale for each. The encoder learns from losses on pictures, an identity loss on 
 consistency model previews in one step from any timestep.
 """
 
+from .guidance import Row, few_step_weights, guidance_weights, lookahead_guidance, plain_weights, rescale_to_text
 from .injection import (
     add_adapter,
     append_or_repeat,
@@ -21,14 +22,20 @@ from .resampler import IdentityTokens, Resampler, encode_identity, join_pictures
 __all__ = [
     "IdentityTokens",
     "Resampler",
+    "Row",
     "add_adapter",
     "append_or_repeat",
     "attention",
     "encode_identity",
+    "few_step_weights",
     "for_batch",
+    "guidance_weights",
     "join_pictures",
     "kept_tokens",
+    "lookahead_guidance",
+    "plain_weights",
     "region_tokens",
+    "rescale_to_text",
     "shared_attention",
     "sharing_weights",
 ]
