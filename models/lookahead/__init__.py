@@ -17,23 +17,32 @@ from .injection import (
     shared_attention,
     sharing_weights,
 )
+from .preview import boundary_scalings, predict_original, preview
 from .resampler import IdentityTokens, Resampler, encode_identity, join_pictures
+from .timesteps import DENOISING_ALPHA, PREVIEW_ALPHA, draw_timesteps, importance
 
 __all__ = [
+    "DENOISING_ALPHA",
+    "PREVIEW_ALPHA",
     "IdentityTokens",
     "Resampler",
     "Row",
     "add_adapter",
     "append_or_repeat",
     "attention",
+    "boundary_scalings",
+    "draw_timesteps",
     "encode_identity",
     "few_step_weights",
     "for_batch",
     "guidance_weights",
+    "importance",
     "join_pictures",
     "kept_tokens",
     "lookahead_guidance",
     "plain_weights",
+    "predict_original",
+    "preview",
     "region_tokens",
     "rescale_to_text",
     "shared_attention",
