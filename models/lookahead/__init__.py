@@ -6,6 +6,7 @@ scale for each. The encoder learns from losses on pictures, an identity loss on 
 consistency model previews in one step from any timestep.
 """
 
+from .alignment import REFERENCE_POINTS, align_faces, crop, fit_similarity, transform_points, widened
 from .guidance import Row, few_step_weights, guidance_weights, lookahead_guidance, plain_weights, rescale_to_text
 from .injection import (
     add_adapter,
@@ -24,16 +25,20 @@ from .timesteps import DENOISING_ALPHA, PREVIEW_ALPHA, draw_timesteps, importanc
 __all__ = [
     "DENOISING_ALPHA",
     "PREVIEW_ALPHA",
+    "REFERENCE_POINTS",
     "IdentityTokens",
     "Resampler",
     "Row",
     "add_adapter",
+    "align_faces",
     "append_or_repeat",
     "attention",
     "boundary_scalings",
+    "crop",
     "draw_timesteps",
     "encode_identity",
     "few_step_weights",
+    "fit_similarity",
     "for_batch",
     "guidance_weights",
     "importance",
@@ -47,4 +52,6 @@ __all__ = [
     "rescale_to_text",
     "shared_attention",
     "sharing_weights",
+    "transform_points",
+    "widened",
 ]
