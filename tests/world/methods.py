@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 STEPS = 300
 STATE_EVERY = 50
 """Steps between saved states; a training is lengthened from them, so lengths are multiples of this."""
-BETA = 1000.0
+BETA = 100.0
 SETTINGS = {
     "batch_size": 4,
     "learning_rate": 1e-3,
