@@ -17,7 +17,7 @@ endif
 .PHONY: help setup demo test test-host lint benchmark clean
 
 help:
-	@echo "make demo       train a subject on a tiny model and sample with it; pictures go to demo/"
+	@echo "make demo       teach a tiny model a character that it never saw; pictures go to demo/"
 	@echo "make test       everything that can run here: lint, unit, parity, host, browser, benchmark self-test"
 	@echo "make test-host  only the tests that run in ComfyUI"
 	@echo "make lint       ruff"

@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from client import Client, Run
-from drawings import SIDE, TOKEN, WORD
 from job import (
     CHECKPOINT,
     COLUMNS,
     NAME,
     PLAIN,
     PROMPTS,
-    TEXT_SCALE,
+    SUBJECT,
     TRAINING,
+    Column,
     Job,
     Outcome,
-    base_prompt,
+    personalized,
 )
+from methods import TEXT_SCALE
+from scenes import SIDE
 from server import Server
+from subjects import WORD
 
 from comfyui_personalize.trainers.progress import TerminalProgress
 
@@ -38,7 +41,8 @@ def run(job: Job, comfyui: Path) -> Outcome:
     base = job.work / "comfyui"
     print(f"Starting {comfyui} without a window ...", flush=True)
     with Server(comfyui, base, checkpoints={CHECKPOINT: job.checkpoint}) as server, Client(server.url) as client:
-        images = [client.upload(item.picture, f"{NAME}_{item.name}.png") for item in job.drawings]
+        paths = [example.picture.path for example in job.examples()]
+        images = [client.upload(path.read_bytes(), f"{NAME}_{path.name}") for path in paths]
         print(f"It answers at {server.url}. Training with workflows/api/dco_train_subject.json:", flush=True)
         graph = training_graph(job, images)
         trained = _post(client, graph, "Train DCO")
@@ -49,15 +53,15 @@ def run(job: Job, comfyui: Path) -> Outcome:
         print("Sampling with workflows/api/dco_reward_guidance.json:", flush=True)
         folder = job.work / "pictures"
         folder.mkdir()
-        wanted = [(prompt, scale) for prompt in PROMPTS for scale in COLUMNS]
+        wanted = [(prompt, column) for prompt in PROMPTS for column in COLUMNS]
         bar = TerminalProgress()
-        for index, (prompt, scale) in enumerate(wanted):
-            made = _post(client, sampling_graph(job, prompt, scale))
+        for index, (prompt, column) in enumerate(wanted):
+            made = _post(client, sampling_graph(job, prompt, column))
             entry = next(entry for output in made.outputs.values() for entry in output.get("images", []))
             path = folder / f"{index}.png"
             path.write_bytes(client.view(**entry))  # as it is: the workflow is inside
-            outcome.pictures[prompt, scale] = path
-            bar.report(index + 1, len(wanted), f"reward scale {scale:g}" if scale != PLAIN else "plain guidance")
+            outcome.pictures[prompt, column] = path
+            bar.report(index + 1, len(wanted), "pictures")
     return outcome
 
 
@@ -67,17 +71,18 @@ def training_graph(job: Job, images: list[str]) -> Graph:
     places = sorted(_nodes(graph, "PersonalizeTrainingPicture"), key=int)
     if len(places) != len(images):
         raise RuntimeError(f"the training workflow has places for {len(places)} pictures, the demo has {len(images)}")
-    for place, image, drawing in zip(places, images, job.drawings):
-        values = {"image": image, "caption": drawing.caption, "base_caption": drawing.base_caption}
+    for place, image, example in zip(places, images, job.examples()):
+        values = {"image": image, "caption": example.caption, "base_caption": example.base_caption}
         graph[place]["inputs"].update(values)
-    put(graph, "PersonalizePersonalizationDataset", token=TOKEN, initializer=WORD)
+    put(graph, "PersonalizePersonalizationDataset", token=SUBJECT.token, initializer=WORD)
     put(graph, "PersonalizeLoadTrainingBase", ckpt_name=CHECKPOINT)
-    previews = {"preview_every": max(job.steps // 4, 1), "preview_prompt": next(iter(PROMPTS)), "preview_steps": 6}
+    previews = {"preview_every": max(job.steps // 4, 1), "preview_prompt": personalized(next(iter(PROMPTS)))}
+    previews |= {"preview_steps": job.sampling_steps, "preview_guidance": TEXT_SCALE}
     put(graph, "PersonalizeTrainDCO", output_name=NAME, overwrite=True, steps=job.steps, **TRAINING, **previews)
     return graph
 
 
-def sampling_graph(job: Job, prompt: str, scale: float) -> Graph:
+def sampling_graph(job: Job, prompt: str, column: Column) -> Graph:
     """The shipped sampling workflow for one picture; PLAIN puts the host's own guider in the reward guider's place."""
     graph = read_workflow("dco_reward_guidance")
     put(graph, "CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
@@ -85,12 +90,12 @@ def sampling_graph(job: Job, prompt: str, scale: float) -> Graph:
     put(graph, "RandomNoise", noise_seed=PROMPTS[prompt])
     put(graph, "BasicScheduler", steps=job.sampling_steps)
     put(graph, "EmptyLatentImage", width=SIDE, height=SIDE)
-    put(graph, "PersonalizeRewardGuider", text_scale=TEXT_SCALE, reward_scale=max(scale, 0.0))
+    put(graph, "PersonalizeRewardGuider", text_scale=TEXT_SCALE, reward_scale=max(column.reward_scale, 0.0))
     guider = graph[_nodes(graph, "PersonalizeRewardGuider")[0]]
     links = guider["inputs"]
-    for socket, text in (("personalized", prompt), ("base", base_prompt(prompt))):
+    for socket, text in (("personalized", personalized(prompt)), ("base", prompt.format(column.base_subject))):
         graph[links[socket][0]]["inputs"]["text"] = text
-    if scale == PLAIN:
+    if column.reward_scale == PLAIN:
         guider["class_type"] = "CFGGuider"
         guider["inputs"] = {
             "model": links["model"],
@@ -135,7 +140,7 @@ def _post(client: Client, graph: Graph, label: str = "") -> Run:
         if bar is not None and kind == "progress":
             bar.report(int(data["value"]), int(data["max"]), label)
 
-    run = client.run(graph, timeout=600, on_event=show)
+    run = client.run(graph, timeout=3600, on_event=show)
     if run.status != "success":
         reason = (run.error or {}).get("exception_message", "it was interrupted").strip()
         raise RuntimeError(f"the workflow ended with: {reason}")

@@ -5,60 +5,78 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drawings import SIDE, TOKEN, WORD, Drawing
+from methods import BETA, SETTINGS
 from PIL import Image
+from subjects import SUBJECTS, WORD
 
-NAME = "demo_toy"
-CHECKPOINT = "tiny_sdxl.safetensors"
-PROMPTS = {
-    f"a {TOKEN} on a yellow beach in front of a blue sea": 1,
-    f"a {TOKEN} in front of a red brick wall with grey joints": 4,
-}
-"""Prompt -> seed of its noise."""
+from comfyui_personalize.models.tokens import LearnedToken
+from comfyui_personalize.trainers.dataset import Dataset, Example
+
+SUBJECT = SUBJECTS["zib"]
+NAME = f"demo_{SUBJECT.name}"
+CHECKPOINT = "world_sdxl.safetensors"
 PLAIN = -1.0
-"""Stands for plain guidance, with the LoRA on everywhere."""
-COLUMNS = {
-    PLAIN: "plain guidance\nwith the LoRA",
-    0.0: "reward scale 0:\nbase model",
-    1.0: "reward scale 1",
-    3.0: "reward scale 3",
-    5.0: "reward scale 5",
+"""Stands for plain guidance, with the LoRA on everywhere, in place of a reward scale."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to draw a prompt; `base_subject` is what the base model is told in the token's place."""
+
+    file: str
+    label: str
+    reward_scale: float
+    base_subject: str = f"a {WORD}"
+
+
+COLUMNS = (
+    Column("before_word", f"before:\n“a {WORD}”", 0.0),
+    Column("before_description", "before: the subject\ndescribed in words", 0.0, SUBJECT.description),
+    Column("after_plain", "after: the LoRA\nin a plain KSampler", PLAIN),
+    Column("after_reward_1", "after: reward\nscale 1", 1.0),
+    Column("after_reward_2", "reward\nscale 2", 2.0),
+    Column("after_reward_4", "reward\nscale 4", 4.0),
+)
+PROMPTS = {
+    "{} on the right in a room": 1,
+    "{} on the left and a blue circle on the right in the snow": 2,
+    "{} on a beach in neon style": 3,
 }
-"""Reward scale -> label."""
-TEXT_SCALE = 2.0
-TRAINING = {
-    "learning_rate": 2e-3,
-    "text_learning_rate": 2e-3,
-    "beta": 20.0,  # a random model has far more to gain than a trained one, so the authors' 1000 would saturate at once
-    "rank": 16,
-    "batch_size": 2,
-    "resolution": SIDE,
-    "precision": "fp32",
+"""Prompt with a place for the subject -> seed of its noise; from the prompts that settings may be chosen by."""
+TRAINING = SETTINGS | {
+    "beta": BETA,
     "gradient_checkpointing": False,
     "seed": 0,
+    "checkpoint_every": 0,
+    "resume": False,
 }
+"""What the measurements of tests/world use, in one go."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One demo: `work` holds what is needed on the way, `checkpoint` is the tiny base model."""
+    """One demo: `work` holds what is needed on the way, `lessons` the training pictures and their captions."""
 
     work: Path
     checkpoint: Path
-    drawings: list[Drawing]
+    lessons: Path
     steps: int
     sampling_steps: int
+
+    def examples(self) -> tuple[Example, ...]:
+        """The training pictures in their order."""
+        return Dataset.from_folder(self.lessons, tokens=[LearnedToken(SUBJECT.token, WORD)]).examples
 
 
 @dataclass
 class Outcome:
-    """What a demo produced: `pictures` by prompt and reward scale, `trained` the LoRA and embedding files."""
+    """What a demo produced: `pictures` by prompt and column, `trained` the LoRA and embedding files."""
 
     curve: Image.Image
     trained: list[Path]
-    pictures: dict[tuple[str, float], Path] = field(default_factory=dict)
+    pictures: dict[tuple[str, Column], Path] = field(default_factory=dict)
 
 
-def base_prompt(prompt: str) -> str:
-    """The prompt in ordinary words."""
-    return prompt.replace(TOKEN, WORD)
+def personalized(prompt: str) -> str:
+    """The prompt with the learned word in it."""
+    return prompt.format(f"a {SUBJECT.token}")

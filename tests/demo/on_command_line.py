@@ -7,28 +7,28 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import boot
-from drawings import SIDE, TOKEN, WORD, write_folder
-from job import COLUMNS, NAME, PROMPTS, TEXT_SCALE, TRAINING, Job, Outcome
+from job import COLUMNS, NAME, PROMPTS, SUBJECT, TRAINING, Job, Outcome, personalized
+from methods import TEXT_SCALE
+from scenes import SIDE
+from subjects import WORD
 
 from comfyui_personalize.trainers.__main__ import main
 from comfyui_personalize.trainers.plots import loss_curve
 
 
 def run(job: Job) -> Outcome:
-    """Train, then sample every prompt at every scale.
+    """Train, then sample every prompt in every way.
 
     Raises:
         RuntimeError: a command failed; it has said why.
     """
-    boot.declare_missing_torchvision_operators()  # an environment made for a host has a torchvision in it
     output = job.work / "output"
     train = {
         "device": "cpu",
         "base": {"path": str(job.checkpoint)},
         "dataset": {
-            "folder": str(write_folder(job.drawings, job.work / "training_pictures")),
-            "tokens": [{"trigger": TOKEN, "initializer": WORD}],
+            "folder": str(job.lessons),
+            "tokens": [{"trigger": SUBJECT.token, "initializer": WORD}],
         },
         "train": TRAINING | {"steps": job.steps},
         "output": {"name": NAME, "folder": str(output), "overwrite": True},
@@ -48,11 +48,13 @@ def run(job: Job) -> Outcome:
     }
     config = _write_toml(job.work / "sample.toml", sample)
     for number, (prompt, seed) in enumerate(PROMPTS.items()):
-        for scale in COLUMNS:
-            name = f"prompt{number}_scale{scale:g}"
-            words = [f"sample.prompt={prompt}", f"sample.seed={seed}", f"sample.reward_scale={scale}"]
-            _command("dco-sample", config, *words, f"output.name={name}")
-            outcome.pictures[prompt, scale] = job.work / "pictures" / f"{name}_{seed}.png"
+        for column in COLUMNS:
+            name = f"{number}_{column.file}"
+            words = [f"sample.prompt={personalized(prompt)}", f"sample.seed={seed}"]
+            words += [f"sample.base_prompt={prompt.format(column.base_subject)}"]
+            words += [f"sample.reward_scale={column.reward_scale}", f"output.name={name}"]
+            _command("dco-sample", config, *words)
+            outcome.pictures[prompt, column] = job.work / "pictures" / f"{name}_{seed}.png"
     return outcome
 
 

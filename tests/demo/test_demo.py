@@ -22,15 +22,15 @@ def run_demo(out, *words):
 
 def check_results(out, printed):
     made = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    trained = {"loras/demo_toy.safetensors", "embeddings/demo_toy.safetensors", "tiny_sdxl.safetensors"}
-    scales = ("plain", "reward_0", "reward_1", "reward_3", "reward_5")
-    pictures = {f"pictures/prompt_{number}_{scale}.png" for number in (1, 2) for scale in scales}
+    trained = {"loras/demo_zib.safetensors", "embeddings/demo_zib.safetensors"}
+    columns = ("before_word", "before_description", "after_plain", "after_reward_1", "after_reward_2", "after_reward_4")
+    pictures = {f"pictures/prompt_{number}_{column}.png" for number in (1, 2, 3) for column in columns}
     assert made == {"pictures.png", "loss_curve.png"} | trained | pictures
     assert all(f"  {name} " in printed for name in made)
     contents = {name: Image.open(out / name).tobytes() for name in pictures}
-    assert len(set(contents.values())) == len(pictures), "every scale and every prompt gives another picture"
+    assert len(set(contents.values())) == len(pictures), "every way to draw and every prompt gives another picture"
     assert Image.open(out / "pictures.png").width > 900
-    assert load_file(out / "embeddings" / "demo_toy.safetensors").keys() == {"clip_l", "clip_g"}
+    assert load_file(out / "embeddings" / "demo_zib.safetensors").keys() == {"clip_l", "clip_g"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_in_comfyui_the_shipped_workflows_train_the_same_weights(comfyui, withou
     assert f"Starting {comfyui}" in printed
     assert "workflows/api/dco_train_subject.json" in printed
     check_results(tmp_path, printed)
-    for name in ("loras/demo_toy.safetensors", "embeddings/demo_toy.safetensors"):
+    for name in ("loras/demo_zib.safetensors", "embeddings/demo_zib.safetensors"):
         here, there = load_file(tmp_path / name), load_file(without_comfyui[0] / name)
         assert here.keys() == there.keys()
         assert all(torch.equal(here[key], there[key]) for key in here)
