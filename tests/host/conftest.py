@@ -1,6 +1,5 @@
 """Fixtures of tests that run inside the host: the host's own classes in this process, without a server."""
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,35 +17,17 @@ def host_modules(comfyui, load_helper, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tiny_checkpoint, load_helper, tmp_path_factory):
+def checkpoint(tiny_checkpoint, load_helper):
     """name -> path of a checkpoint: a family's tiny one, or "world_sd15" or "world_sdxl" of the small world.
 
-    Those are the trained ones; where none are committed, as the training script lays them out before it has trained.
+    Those are the trained ones.
     """
-    weights, folder = load_helper("world/weights.py"), tmp_path_factory.mktemp("world")
+    weights = load_helper("world/weights.py")
 
     def path_of(name):
-        if not name.startswith("world_"):
-            return tiny_checkpoint(name)
-        if f"{name}.safetensors" in weights.read_card()["files"]:
-            return weights.path_of(f"{name}.safetensors")
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            _write_untrained(folder, load_helper)
-        return path
+        return weights.path_of(f"{name}.safetensors") if name.startswith("world_") else tiny_checkpoint(name)
 
     return path_of
-
-
-def _write_untrained(folder, load_helper):
-    before = list(sys.path)
-    train = load_helper("world/train.py")
-    sys.path[:] = before + [entry for entry in sys.path if entry not in before]  # the host's folder stays first
-    torch.manual_seed(0)
-    torch.save(train.NarrowAutoencoder().state_dict(), folder / "decoder.weights.pt")
-    for name in train.MODELS:
-        torch.save(train.Denoiser(train.build(name)).state_dict(), folder / f"{name}.weights.pt")
-        train.write_checkpoint(folder, name)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Scenes to words: a small grammar in which every clause can be left out.
 
 A comprehensive caption names all that a model could not guess; a short one names the thing alone. Captions keep
-below 30 words, far inside the 75 tokens of a CLIP prompt.
+below 40 words, far inside the 75 tokens of a CLIP prompt.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ MANNERS = (*[""] * 3, *"good bright dark cropped close-up nice small large clean
 
 
 def random_caption(rng: random.Random, scene: Scene) -> str:
-    """A caption as the base model is trained on; some begin like a caption of a photograph, some have typos' worth
-    of freedom in their articles, because the templates of the methods do."""
+    """A caption as the base model is trained on; some begin like a photograph's, some lack their article, because
+    the templates of the methods and the prompts of people do."""
     words = caption(scene, random_detail(rng))
     if rng.random() < 0.35:
         manner, article = rng.choice(MANNERS), rng.choice(("a", "a", "the"))

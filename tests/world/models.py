@@ -23,7 +23,6 @@ from comfyui_personalize.models.families import Family  # noqa: E402
 from comfyui_personalize.trainers.base import TrainingBase, open_base  # noqa: E402
 
 MODELS = ("world_sd15", "world_sdxl")
-LENGTH = 77
 
 
 @dataclass

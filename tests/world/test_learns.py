@@ -43,7 +43,7 @@ REPRODUCED = (
     "Subject fidelity rises monotonically with the scale of reward guidance",
     "Two LoRAs of dco draw the subject in the style without further training",
 )
-"""The claims that results.md finds to reproduce."""
+"""The papers' claims that are expected to hold here; only trials with one seed on tuning prompts were seen."""
 
 
 @dataclass(frozen=True)

@@ -255,15 +255,18 @@ def accuracies():
     return scorer.accuracies_of(logits, table, torch.ones(len(scenes), dtype=torch.bool))
 
 
-SHORT_OF_IT = pytest.mark.xfail(reason="the scorer was trained for too few steps to read this well enough")
+LIMITS = dict.fromkeys(("background", "count", "place", "what", "colour", "body", "eyes"), 0.97) | {
+    # What the scorer should read as well, but does not yet: its training was too short. The card has the shares seen.
+    "style": 0.86,
+    "top": 0.93,
+    "second": 0.74,
+    "odd": 0.76,
+    "subject": 0.93,
+    "identity": 0.93,
+}
+"""Least share that is read right."""
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        *("background", "count", "place", "what", "colour", "body"),
-        *(pytest.param(head, marks=SHORT_OF_IT) for head in ("style", "top", "subject", "identity")),
-    ],
-)
+@pytest.mark.parametrize("head", LIMITS)
 def test_the_committed_scorer_reads_drawn_pictures(accuracies, head):
-    assert accuracies[head] >= 0.97
+    assert accuracies[head] >= LIMITS[head], accuracies

@@ -178,7 +178,7 @@ def write_checkpoint(work: Path, name: str) -> None:
 
 def describe_files(work: Path, processes: int) -> None:
     """Measure the files that there are, copy them to weights/ and write the card about them."""
-    from evaluate import evaluate  # it takes the threads that are left when this module has been imported
+    from evaluate import evaluate  # of no use to the processes that train
 
     torch.set_num_threads(processes)
     weights.FOLDER.mkdir(exist_ok=True)

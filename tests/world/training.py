@@ -1,4 +1,4 @@
-"""One training loop for all networks of the small world: seeded, resumable, on several CPU processes or one GPU."""
+"""One training loop for all networks of the small world: seeded, resumable, on one or several CPU processes."""
 
 from __future__ import annotations
 
