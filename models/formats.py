@@ -6,6 +6,7 @@ import re
 import struct
 import unicodedata
 import uuid
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,16 +114,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def read_torch_file(path: Path) -> dict[str, Any]:
+def read_torch_file(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Contents of a legacy .ckpt, .pt, .pth or .bin file, read without running any code it may carry.
 
     Only tensors, plain containers and ``nn.ParameterDict`` (which the authors' concept files use) are
     allowed; anything else is refused before it is constructed.
+
+    Args:
+        mmap: leave the tensors in the file until they are touched; files from before torch 1.6 are read whole.
     """
     path = Path(path)
     try:
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mmap and zipfile.is_zipfile(path)
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise FormatError(_unreadable(path, error)) from error
     # torch reports a refused class, a damaged archive and foreign bytes by different exception types.
