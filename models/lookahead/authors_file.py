@@ -6,7 +6,7 @@ the resampler, and in each transformer block two KVCopy modules, extract_kv1 and
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ MARK = ".extract_kv2."
 """Part of some name in every such file, and in no other."""
 
 _LEAF = re.compile(rf"({BLOCK})\.(extract_kv[12]\..+|attn[12]\..+\.lora_layer\..+)")
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _KEYS_AND_VALUES = ("to_k", "to_v")
 _ADAPTER = {f"extract_kv2.{which}.weight": f"{which}.weight" for which in _KEYS_AND_VALUES}
 _COPIES = {f"extract_kv1.{which}.weight": f"{which}.weight" for which in _KEYS_AND_VALUES}
@@ -29,7 +30,7 @@ _COPIES_LORA = {
 _LORA = {
     f"attn{number}.{which}.lora_layer.{half}.weight": f"attn{number}.{which}.{half}"
     for number in (1, 2)
-    for which in ("to_q", "to_k", "to_v", "to_out.0")
+    for which in _PROJECTIONS
     for half in ("down", "up")
 }
 
@@ -55,6 +56,11 @@ class AuthorsCheckpoint:
                 tensors |= {f"{part}.{block}.{names[leaf]}": leaves[leaf] for leaf in names if leaf in leaves}
         return tensors
 
+    def frozen_parameters(self) -> int:
+        """How many numbers training left as they were: the UNet's, its copies' and CLIP-Vision's."""
+        copied = [leaves[leaf] for leaves in self.blocks.values() for leaf in _COPIES]
+        return self.vision_parameters + sum(tensor.numel() for tensor in [*self.base.values(), *copied])
+
     def copies(self, block: str) -> dict[str, Tensor]:
         """One block's copies, by the slim file's names; none when they are self-attention's own projections.
 
@@ -79,47 +85,60 @@ def sort_checkpoint(tensors: Mapping[str, Tensor], name: str) -> AuthorsCheckpoi
     """Sort the tensors without touching their values.
 
     Raises:
-        FormatError: some are unknown, or missing in a block: the authors' own loading is strict, too.
+        FormatError: some are unknown, missing or misshapen; the authors' own loading is strict, too.
     """
-    checkpoint = AuthorsCheckpoint({}, {}, {}, 0, name)
+    resampler: dict[str, Tensor] = {}
+    blocks: dict[str, dict[str, Tensor]] = {}
+    base: dict[str, Tensor] = {}
     vision = 0
     for key, tensor in tensors.items():
-        key = key.removeprefix("module.")  # as torch names them in a training on several GPUs
-        root, _, rest = key.partition(".")
+        root, _, rest = key.removeprefix("module.").partition(".")  # a training on several GPUs adds the prefix
         if root == "image_encoder":
             vision += tensor.numel()
         elif root == "image_proj_model":
-            checkpoint.resampler[rest] = tensor
-        elif root != "encoder_unet":
-            raise FormatError(f"{name}: {key} is unknown; expected the authors' model_ckpt.pt, choose another file")
+            resampler[rest] = tensor
         elif ".source_attention_block." in rest:
             continue  # attn1 and attn2 again, in the same storage
         elif match := _LEAF.fullmatch(rest):
-            checkpoint.blocks.setdefault(match[1], {})[match[2]] = tensor
+            blocks.setdefault(match[1], {})[match[2]] = tensor
+        elif root == "encoder_unet" and "extract_kv" not in rest and "lora_layer" not in rest:
+            base[rest] = tensor
         else:
-            checkpoint.base[rest] = tensor
-    for block, leaves in checkpoint.blocks.items():
-        _check_block(block, leaves, checkpoint)
-    return replace(checkpoint, vision_parameters=vision)
+            raise FormatError(f"{name}: {key} is unknown; expected the authors' model_ckpt.pt, choose another file")
+    for key, tensor in base.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise FormatError(
+                f"{name}: encoder_unet.{key} is {tuple(tensor.shape)} of {tensor.dtype}, expected floating point; the "
+                "file is damaged, download it again"
+            )
+    transformers = {key.removesuffix(".attn1.to_k.weight") for key in base if key.endswith(".attn1.to_k.weight")}
+    for block in sorted(transformers | blocks.keys()):
+        _check_block(block, blocks.get(block, {}), base, name)
+    return AuthorsCheckpoint(resampler, blocks, base, vision, name)
 
 
-def _check_block(block: str, leaves: Mapping[str, Tensor], checkpoint: AuthorsCheckpoint) -> None:
+def _check_block(block: str, leaves: Mapping[str, Tensor], base: Mapping[str, Tensor], name: str) -> None:
+    """FormatError unless the block has what the authors' class gives it, with all of each LoRA or nothing of it."""
     wanted = _ADAPTER.keys() | _COPIES.keys()
     for optional in (_COPIES_LORA, _LORA):
         wanted |= optional.keys() if leaves.keys() & optional.keys() else set()
-    missing, unknown = wanted - leaves.keys(), leaves.keys() - wanted
-    missing |= {f"attn1.{kept}" for kept in _COPIES.values() if f"{block}.attn1.{kept}" not in checkpoint.base}
+    attention = {f"attn{number}.{which}.weight" for number in (1, 2) for which in _PROJECTIONS}
+    missing = (wanted - leaves.keys()) | {leaf for leaf in attention if f"{block}.{leaf}" not in base}
+    unknown = leaves.keys() - wanted
     if missing or unknown:
         problem = f"lacks {min(missing)}" if missing else f"has {min(unknown)}, which is unknown"
-        raise FormatError(
-            f"{checkpoint.name}: {block} {problem}; expected a complete model_ckpt.pt of the authors, download it again"
-        )
-    for kept in _COPIES.values():
-        copy, own = leaves[f"extract_kv1.{kept}"], checkpoint.base[f"{block}.attn1.{kept}"]
-        if copy.shape != own.shape:
+        raise FormatError(f"{name}: {block} {problem}; expected a complete model_ckpt.pt, download it again")
+    shapes = {leaf: tuple(base[f"{block}.{leaf}"].shape) for leaf in attention}
+    for leaf, tensor in leaves.items():
+        # A copy has the shape of what it copies, and a LoRA's product that of the weight beside it.
+        module, _, half = leaf.replace("extract_kv", "attn").removesuffix(".weight").partition(".lora_layer.")
+        shape = shapes[f"{module}.weight"]
+        rank = tensor.shape[0 if half == "down" else 1] if tensor.ndim == 2 else 1
+        expected = {"": shape, "down": (rank, *shape[1:]), "up": (*shape[:1], rank)}[half]
+        if tuple(tensor.shape) != expected:
             raise FormatError(
-                f"{checkpoint.name}: {block} has extract_kv1.{kept} of {tuple(copy.shape)} and attn1.{kept} of "
-                f"{tuple(own.shape)}, expected one shape; the file is damaged, download it again"
+                f"{name}: {block}.{leaf} is {tuple(tensor.shape)}, expected {expected}; the file is damaged, download "
+                "it again"
             )
 
 
@@ -129,4 +148,4 @@ def deviation(found: Tensor, expected: Tensor) -> tuple[float, bool]:
     least = max(torch.finfo(tensor.dtype).smallest_normal for tensor in (found, expected)) * eps
     expected = expected.float()
     difference = (found.float() - expected).abs()
-    return difference.max().item(), bool((difference <= eps * expected.abs() + least).all())
+    return difference.nan_to_num(torch.inf).max().item(), bool((difference <= eps * expected.abs() + least).all())

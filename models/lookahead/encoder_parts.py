@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import FormatError
@@ -30,8 +31,8 @@ class Parts(NamedTuple):
     copies: dict[str, tuple[KeyValueCopy, KeyValueCopy]]
 
 
-def read_parts(tensors: Mapping[str, Tensor], name: str) -> Parts:
-    """Sort a slim file's tensors; nothing of what is returned refers to them.
+def read_parts(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None = None) -> Parts:
+    """Sort copies of a slim file's tensors, in ``dtype`` or their own.
 
     Raises:
         FormatError: a tensor is unknown, missing, misshapen or not finite.
@@ -41,10 +42,10 @@ def read_parts(tensors: Mapping[str, Tensor], name: str) -> Parts:
     for key, tensor in tensors.items():
         part = key.partition(".")[0]
         if part == "resampler":
-            own[key] = _sound(key, tensor, name)
+            own[key] = _sound(key, tensor, name, dtype)
         elif part in _NAMES and (match := _NAMES[part].fullmatch(key)):
             module, leaf = match.groups()
-            leaves[part].setdefault(module, {})[leaf] = _sound(key, tensor, name)
+            leaves[part].setdefault(module, {})[leaf] = _sound(key, tensor, name, dtype)
         else:
             raise FormatError(f"{name}: {key} is no part of an encoder; update the extension, or download it again")
     try:
@@ -88,14 +89,13 @@ def check_low_rank_pair(down: Tensor, up: Tensor, module: str, name: str) -> Non
         )
 
 
-def _sound(key: str, tensor: Tensor, name: str) -> Tensor:
+def _sound(key: str, tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
     """A copy of the tensor; FormatError when it has values that no training leaves behind."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise FormatError(f"{name}: {key} is {_dtype(tensor)}, expected 16-bit or 32-bit floating point; convert again")
-    copied = tensor.detach().clone()
-    if not copied.isfinite().all():
+    if not tensor.isfinite().all():
         raise FormatError(f"{name}: {key} has values that are no numbers; the training failed, choose another file")
-    return copied
+    return tensor.detach().to(dtype or tensor.dtype, copy=True)
 
 
 def _dtype(tensor: Tensor) -> str:
