@@ -16,9 +16,10 @@ from ..models.learned_embeddings import (
 )
 from . import _host
 from ._choices import known
+from .guiding import sample_latent
 from .learned_tokens import teach
 from .lora_layers import match_lora
-from .reward_guidance import RewardGuider, sample_latent
+from .reward_guidance import RewardGuider
 from .switchable_lora import SwitchableLora, attach, require_unet
 
 

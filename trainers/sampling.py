@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..models.dco import rescale_guidance, reward_guidance
+from ..models.dco import reward_guidance
+from ..models.guidance import rescale_guidance, text_guidance
 from ..models.schedules import NoiseSchedule
 from .adapters import lora_off, only_adapters
 from .conditioning import Conditioning, predict
@@ -49,8 +50,7 @@ def guided(
 
     def plain(x: Tensor, timestep: Tensor) -> Tensor:
         without, with_text = _text_rows(unet, x, timestep, uncond, personalized, text_scale)
-        result = with_text if without is None else without + text_scale * (with_text - without)
-        return rescale_guidance(result, with_text, rescale)
+        return rescale_guidance(text_guidance(without, with_text, text_scale), with_text, rescale)
 
     return plain
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..guidance import text_guidance
+
 
 def reward_guidance(
     uncond: Tensor | None,
@@ -29,24 +31,7 @@ def reward_guidance(
 
     Each prediction is (batch, channels, height, width).
     """
-    guided = base if uncond is None else uncond + text_scale * (base - uncond)
+    guided = text_guidance(uncond, base, text_scale)
     for prediction, scale in zip(personalized, reward_scales, strict=True):
         guided = guided + scale * (prediction - base)
     return guided
-
-
-def rescale_guidance(guided: Tensor, base: Tensor, strength: float) -> Tensor:
-    """Bring a guided prediction back to the standard deviation of the base model's text prediction.
-
-    Section 3.4 of arXiv 2305.08891; must be applied to noise or velocity predictions, because the
-    standard deviation of a denoised latent is another quantity.
-
-    Args:
-        guided, base: (batch, channels, height, width).
-        strength: 0 returns ``guided`` unchanged, 1 rescales fully.
-    """
-    if not strength:
-        return guided
-    axes = tuple(range(1, guided.ndim))
-    rescaled = guided * (base.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
-    return strength * rescaled + (1 - strength) * guided

@@ -7,7 +7,7 @@ consistency model previews in one step from any timestep.
 """
 
 from .alignment import REFERENCE_POINTS, align_faces, crop, fit_similarity, transform_points, widened
-from .guidance import Row, few_step_weights, guidance_weights, lookahead_guidance, plain_weights, rescale_to_text
+from .guidance import Row, few_step_weights, guidance_weights, lookahead_guidance, plain_weights, text_prediction
 from .injection import (
     add_adapter,
     append_or_repeat,
@@ -49,9 +49,9 @@ __all__ = [
     "predict_original",
     "preview",
     "region_tokens",
-    "rescale_to_text",
     "shared_attention",
     "sharing_weights",
+    "text_prediction",
     "transform_points",
     "widened",
 ]

@@ -57,25 +57,15 @@ def lookahead_guidance(predictions: Mapping[Row, Tensor], weights: Mapping[Row, 
     return sum(weight * predictions[row] for row, weight in weights.items())
 
 
-def rescale_to_text(guided: Tensor, predictions: Mapping[Row, Tensor], strength: float) -> Tensor:
-    """Bring a guided prediction back to the standard deviation of the text prediction it is steered by.
+def text_prediction(predictions: Mapping[Row, Tensor]) -> Tensor:
+    """The one that guidance is rescaled to: with shared attention where there is one, else the plain one.
 
-    Section 3.4 of arXiv 2305.08891. The authors name a prediction that their pipelines do not have; here it is the
-    text prediction with shared attention where there is one, else the plain one. Must be applied to noise or velocity
-    predictions, because the standard deviation of a denoised latent is another quantity.
-
-    Args:
-        guided: (batch, channels, height, width).
-        strength: 0 returns ``guided`` unchanged, 1 rescales fully.
+    The authors name a prediction there that their pipelines do not have.
     """
-    if not strength:
-        return guided
     text = predictions.get("shared_text", predictions.get("plain_text"))
     if text is None:
         raise ConfigError("guidance rescale needs a prediction with text; give the text or the full scale a value")
-    axes = tuple(range(1, guided.ndim))
-    ratio = text.float().std(dim=axes, keepdim=True) / guided.float().std(dim=axes, keepdim=True)
-    return (guided * (strength * ratio + 1 - strength)).to(guided.dtype)
+    return text
 
 
 def _needed(weights: dict[Row, float]) -> dict[Row, float]:

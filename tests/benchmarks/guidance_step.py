@@ -20,6 +20,8 @@ def measure(comfy, extension, checkpoint, lora_name: str, side: int, rounds: int
     from importlib import import_module
 
     guidance = import_module(f"{extension.__name__}.reward_guidance")
+    guiding = import_module(f"{extension.__name__}.guiding")
+    reward_guidance = import_module(f"{extension.__name__.rpartition('.')[0]}.models.dco").reward_guidance
     model, (personalized, base, negative) = build(comfy, extension, checkpoint, lora_name)
     conds = {"personalized": personalized, "base": base, "negative": negative}
     guider = guidance.RewardGuider(model, **conds, text_scale=7.5, reward_scale=3.0)
@@ -39,7 +41,7 @@ def measure(comfy, extension, checkpoint, lora_name: str, side: int, rounds: int
             calc = comfy.samplers.calc_cond_batch
             plain = calc(inner, [guider._tagged("negative"), guider._tagged("base")], x, sigma, options)
             learned = calc(inner, [guider._tagged("positive")], x, sigma, options)[0]
-            return guider._combine(plain[1], plain[0], [learned], (3.0,))
+            return reward_guidance(plain[0], plain[1], [learned], text_scale=7.5, reward_scales=(3.0,))
 
         for name, work in (("ours", one_call), ("authors", two_calls)):
             rows.clear()
@@ -56,7 +58,7 @@ def measure(comfy, extension, checkpoint, lora_name: str, side: int, rounds: int
             found["pair"] = compare(inner, x, sigma, extra_args["model_options"])
             return latent_image
 
-    sigmas = guidance.scheduled_sigmas(model, 20, "euler", "normal", 1.0)
+    sigmas = guiding.scheduled_sigmas(model, 20, "euler", "normal", 1.0)
     guider.sample(noise, torch.zeros_like(noise), Probe(None), sigmas, seed=0)
     ours, theirs = found.pop("ours_output"), found.pop("authors_output")
     found["largest_difference"] = float((ours - theirs).abs().max() / statistics.fmean([float(ours.abs().max())]))

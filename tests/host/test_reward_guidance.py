@@ -159,27 +159,26 @@ def test_the_range_is_read_once_a_step_and_the_whole_range_never(tools, scene):
             Sigma.read += 1
             return 1.5
 
-    scene = scene("sd15")
-    guider = scene.guider(start_percent=0.2, end_percent=0.9)
-    guider.inner_model = scene.model.model
-    sampling, asked = scene.model.model.model_sampling, []
+    from comfyui_personalize.nodes.guiding import SigmaRange
+
+    sampling, asked = scene("sd15").model.model.model_sampling, []
     percent_to_sigma = sampling.percent_to_sigma
     sampling.percent_to_sigma = lambda percent: asked.append(percent) or percent_to_sigma(percent)
     try:
         limits = [percent_to_sigma(percent) for percent in (0.9, 0.2)]
         assert limits[0] < 1.5 < limits[1]
-        assert all(guider._in_range(Sigma()) for _ in range(3))
+        part = SigmaRange(0.2, 0.9)
+        assert all(part.holds(sampling, Sigma()) for _ in range(3))
         assert asked == [0.2, 0.9] and Sigma.read == 3
-        whole = scene.guider()
-        whole.inner_model = scene.model.model
-        assert whole._in_range(Sigma()) and asked == [0.2, 0.9] and Sigma.read == 3
+        assert SigmaRange(0.0, 1.0).holds(sampling, Sigma()) and not SigmaRange(0.5, 0.5).holds(sampling, Sigma())
+        assert asked == [0.2, 0.9] and Sigma.read == 3
         for sigma, inside in (
             (limits[0], True),
             (limits[1], True),
             (limits[0] * 0.99, False),
             (limits[1] * 1.01, False),
         ):
-            assert guider._in_range(torch.tensor([sigma], dtype=torch.float64)) == inside
+            assert part.holds(sampling, torch.tensor([sigma], dtype=torch.float64)) == inside
     finally:
         del sampling.percent_to_sigma
 
@@ -335,7 +334,7 @@ def test_a_controlnet_on_the_personalized_prompt_also_holds_for_the_base(
 
 
 def test_a_controlnet_of_the_base_prompt_is_kept(scene):
-    from comfyui_personalize.nodes.reward_guidance import share_control
+    from comfyui_personalize.nodes.guiding import share_control
 
     own, other = [[None, {"control": "own"}]], [[None, {"control": "other", "control_apply_to_uncond": True}]]
     bare = [[None, {}], [None, {"area": 1}]]

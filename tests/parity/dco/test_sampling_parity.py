@@ -4,7 +4,8 @@ import diffusers
 import pytest
 import torch
 
-from comfyui_personalize.models.dco import rescale_guidance, reward_guidance
+from comfyui_personalize.models.dco import reward_guidance
+from comfyui_personalize.models.guidance import rescale_guidance
 from comfyui_personalize.trainers.adapters import set_lora
 from comfyui_personalize.trainers.conditioning import Conditioning
 from comfyui_personalize.trainers.sampling import guided, sample

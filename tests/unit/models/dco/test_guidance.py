@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfyui_personalize.models.dco import rescale_guidance, reward_guidance
+from comfyui_personalize.models.dco import reward_guidance
 
 
 @pytest.fixture
@@ -64,20 +64,3 @@ def test_one_scale_is_needed_for_each_personalization(predictions):
     uncond, base, *personalized = predictions
     with pytest.raises(ValueError, match="zip"):
         reward_guidance(uncond, base, personalized, text_scale=5.0, reward_scales=[1.0])
-
-
-def test_rescaling_at_strength_zero_changes_nothing(predictions):
-    guided, base, *_ = predictions
-    assert rescale_guidance(guided, base, 0.0) is guided
-
-
-def test_full_rescaling_gives_each_sample_the_std_of_its_text_prediction(predictions):
-    base = predictions[1] * torch.tensor([0.5, 3.0]).reshape(2, 1, 1, 1)
-    rescaled = rescale_guidance(9 * predictions[0], base, 1.0)
-    torch.testing.assert_close(rescaled.std(dim=(1, 2, 3)), base.std(dim=(1, 2, 3)))
-
-
-def test_rescaling_blends(predictions):
-    guided, base, *_ = predictions
-    full = rescale_guidance(guided, base, 1.0)
-    torch.testing.assert_close(rescale_guidance(guided, base, 0.7), 0.7 * full + 0.3 * guided)

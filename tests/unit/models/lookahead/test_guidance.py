@@ -11,7 +11,7 @@ from comfyui_personalize.models.lookahead import (
     guidance_weights,
     lookahead_guidance,
     plain_weights,
-    rescale_to_text,
+    text_prediction,
 )
 
 ROWS = ("plain_uncond", "plain_text", "shared_uncond", "shared_text")
@@ -93,22 +93,12 @@ def test_scales_that_are_no_numbers_are_refused(scale):
         guidance_weights(3, scale, 2)
 
 
-def test_rescaling_at_strength_zero_changes_nothing(predictions):
-    guided = predictions["plain_uncond"]
-    assert rescale_to_text(guided, {}, 0) is guided
-
-
-def test_full_rescaling_gives_the_std_of_the_text_prediction_it_is_steered_by(predictions):
-    guided, axes = 9 * predictions["plain_uncond"], (1, 2, 3)
-    shared = rescale_to_text(guided, predictions, 1.0)
-    torch.testing.assert_close(shared.std(dim=axes), predictions["shared_text"].std(dim=axes))
-    plain = rescale_to_text(guided, {row: predictions[row] for row in ROWS[:2]}, 1.0)
-    torch.testing.assert_close(plain.std(dim=axes), predictions["plain_text"].std(dim=axes))
-    blended = rescale_to_text(guided, predictions, 0.7)
-    torch.testing.assert_close(blended, 0.7 * shared + 0.3 * guided)
-    assert rescale_to_text(guided.half(), predictions, 0.7).dtype == torch.float16
+def test_guidance_is_rescaled_to_the_text_prediction_it_is_steered_by(predictions):
+    assert text_prediction(predictions) is predictions["shared_text"]
+    del predictions["shared_text"]
+    assert text_prediction(predictions) is predictions["plain_text"]
 
 
 def test_rescaling_needs_a_prediction_with_text(predictions):
     with pytest.raises(ConfigError, match="needs a prediction with text"):
-        rescale_to_text(predictions["plain_uncond"], {"plain_uncond": predictions["plain_uncond"]}, 0.5)
+        text_prediction({"plain_uncond": predictions["plain_uncond"]})
