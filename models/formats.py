@@ -153,6 +153,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key: value for key, value in contents.items() if isinstance(value, Tensor)}, {}
 
 
+def refuse_taken(path: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError when there is a file that must not be replaced."""
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path.name} exists already in {path.parent.name}; choose another name or allow overwriting")
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, overwrite: bool = False
 ) -> Path:
@@ -162,8 +168,7 @@ def write_safetensors(
     the name is taken and ``overwrite`` is false, FormatError when the disk refuses; neither leaves a trace.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path.name} exists already in {path.parent.name}; choose another name or allow overwriting")
+    refuse_taken(path, overwrite=overwrite)
     contiguous = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
     temporary = None
     try:

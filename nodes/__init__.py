@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .convert_lookahead import ConvertLookaheadCheckpoint
 from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
 from .export_lora import ExportLoRA
@@ -15,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     StopFixed,
     TrainDCO,
     ExportLoRA,
+    ConvertLookaheadCheckpoint,
     LoadDCOLoRA,
     LoadLearnedTokens,
     RewardGuiderNode,

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..models.errors import FormatError, PersonalizeError
+from . import _folders
 
 PREVIEW_SIDE = 512
 """Longest side in pixels of the pictures shown while a node works."""
@@ -61,7 +62,7 @@ def _hidden_roots() -> list[str]:
     The latter may lie anywhere, as extra_model_paths.yaml says.
     """
     roots = {folder_paths.get_input_directory(), folder_paths.get_output_directory(), folder_paths.models_dir}
-    for kind in ("checkpoints", "vae", "loras", "embeddings"):
+    for kind in ("checkpoints", "vae", "loras", "embeddings", *_folders.ENDINGS):
         parents = (Path(folder).parent for folder in folder_paths.get_folder_paths(kind))
         roots |= {str(parent) for parent in parents if parent != parent.parent}
     return sorted(roots, key=len, reverse=True)

@@ -12,7 +12,16 @@ import pytest
 
 RECORDED = Path(__file__).with_name("schemas.json")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-HOST_LISTS = {"sampler_name", "scheduler", "ckpt_name", "vae_name", "lora_name", "embedding_name", "image"}
+HOST_LISTS = {
+    "sampler_name",
+    "scheduler",
+    "ckpt_name",
+    "vae_name",
+    "lora_name",
+    "embedding_name",
+    "encoder_name",
+    "image",
+}
 """Choices that depend on the host's version or on the files it has."""
 SETTINGS = ("default", "min", "max", "step", "multiline", "upload", "control_after_generate")
 

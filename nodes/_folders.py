@@ -1,0 +1,27 @@
+"""The kinds of model files that are ours, registered with the host when this module is imported."""
+
+import os
+
+import folder_paths
+
+ENCODERS = "lookahead_encoders"
+IDENTITIES = "identities"
+FACE_NETWORKS = "arcface"
+ENDINGS = {
+    ENCODERS: {".safetensors", ".pt", ".bin", ".pth"},
+    IDENTITIES: {".safetensors"},
+    FACE_NETWORKS: {".pth", ".pt", ".bin", ".safetensors"},
+}
+"""Folder kind, which is also the folder's name below ``models``, -> endings of its files."""
+
+
+def _register(kind: str, endings: set[str]) -> None:
+    # Folders of extra_model_paths.yaml are known by now and stay; new files are saved in our own.
+    folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind), is_default=True)
+    paths, known = folder_paths.folder_names_and_paths[kind]
+    # A kind that the host has not heard of is registered without endings, which would list every file.
+    folder_paths.folder_names_and_paths[kind] = (paths, endings | set(known))
+
+
+for _kind, _endings in ENDINGS.items():
+    _register(_kind, _endings)
