@@ -58,13 +58,14 @@ class SigmaRange:
 
 
 class TermGuider(comfy.samplers.CFGGuider):
-    """Guidance by the text, at scale ``cfg``, and by further terms, from as few UNet calls as memory allows."""
+    """Guidance by the text and by further terms, from as few UNet calls as memory allows."""
 
     rescale = 0.0
 
-    def without_negative(self, options: Mapping[str, Any]) -> bool:
+    @staticmethod
+    def without_negative(options: Mapping[str, Any], text_scale: float) -> bool:
         """Whether the negative prediction cancels; cfg++ samplers need it all the same, and say so."""
-        return math.isclose(self.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
+        return math.isclose(text_scale, 1.0) and not options.get("disable_cfg1_optimization", False)
 
     def guided(
         self,
@@ -74,6 +75,7 @@ class TermGuider(comfy.samplers.CFGGuider):
         sigma: Tensor,
         options: Mapping[str, Any],
         *,
+        text_scale: float,
         steered_by: int = 0,
     ) -> Tensor:
         """The guided denoised latent, (batch, channels, height, width).
@@ -81,7 +83,8 @@ class TermGuider(comfy.samplers.CFGGuider):
         Args:
             conds: the text's, the negative one, then those of further terms; None is not computed.
             combine: from predictions in the order of ``conds``, None where there was no conditioning, to the guided
-                one. Its text term has to be `text_guidance` with scale ``cfg``.
+                one. Its text term has to be `text_guidance`.
+            text_scale: of that term.
             steered_by: position of the text prediction whose standard deviation rescaling restores.
         """
         model = self.inner_model
@@ -91,7 +94,7 @@ class TermGuider(comfy.samplers.CFGGuider):
         else:
             predictions = comfy.samplers.calc_cond_batch(model, conds, x, sigma, options)
         for function in options.get("sampler_pre_cfg_function", ()):
-            arguments = {"conds": conds, "conds_out": predictions, "cond_scale": self.cfg, "timestep": sigma}
+            arguments = {"conds": conds, "conds_out": predictions, "cond_scale": text_scale, "timestep": sigma}
             predictions = function({**arguments, **common})
 
         present = [None if cond is None else prediction for cond, prediction in zip(conds, predictions, strict=True)]
@@ -100,14 +103,14 @@ class TermGuider(comfy.samplers.CFGGuider):
         if "sampler_cfg_function" in options:  # another node's rule for the text term; the other terms stay ours
             text_options = {key: value for key, value in options.items() if key != "sampler_post_cfg_function"}
             theirs = comfy.samplers.cfg_function(
-                model, text, negative, self.cfg, x, sigma, text_options, conds[0], conds[1]
+                model, text, negative, text_scale, x, sigma, text_options, conds[0], conds[1]
             )
-            guided = theirs + (guided - text_guidance(present[1], text, self.cfg))
+            guided = theirs + (guided - text_guidance(present[1], text, text_scale))
         if self.rescale:
             guided = self._rescaled(guided, predictions[steered_by], x, sigma)
 
         for function in options.get("sampler_post_cfg_function", ()):
-            arguments = {"denoised": guided, "cond": conds[0], "uncond": conds[1], "cond_scale": self.cfg}
+            arguments = {"denoised": guided, "cond": conds[0], "uncond": conds[1], "cond_scale": text_scale}
             guided = function({**arguments, "uncond_denoised": negative, "cond_denoised": text, **common})
         return guided
 

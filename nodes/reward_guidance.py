@@ -64,7 +64,7 @@ class RewardGuider(TermGuider):
         rewards = {name: scale for name, scale in self.reward_scales.items() if scale}
         if rewards and not self.range.holds(self.inner_model.model_sampling, timestep):
             rewards = {}
-        negative = None if self.without_negative(options) else self._tagged("negative")
+        negative = None if self.without_negative(options, self.cfg) else self._tagged("negative")
         conds = [self._tagged("base"), negative, *(self._tagged(name) for name in rewards)]
 
         def combine(predictions: Sequence[Tensor | None]) -> Tensor:
@@ -72,7 +72,7 @@ class RewardGuider(TermGuider):
             scales = tuple(rewards.values())
             return reward_guidance(uncond, base, personalized, text_scale=self.cfg, reward_scales=scales)
 
-        return self.guided(conds, combine, x, timestep, options)
+        return self.guided(conds, combine, x, timestep, options, text_scale=self.cfg)
 
     def _tagged(self, name: str) -> list[dict[str, Any]]:
         return [tagged(cond, self.tags[name], name) for cond in self.conds[name]]

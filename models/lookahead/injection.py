@@ -97,35 +97,44 @@ def kept_tokens(uniform: Tensor, drop_chance: float) -> Tensor:
     return (uniform > drop_chance).unsqueeze(0) if drop_chance < 1 else torch.zeros_like(uniform.bool()).unsqueeze(0)
 
 
-def append_or_repeat(own: Tensor, shared: Tensor, sharing: Sequence[bool]) -> Tensor:
-    """Keys (or values) of rows with and without sharing in one batch, for attention that takes no bias.
+def append_or_repeat(own: Tensor, shared: Sequence[Tensor | None], *, repeat: bool = True) -> Tensor:
+    """Keys (or values) of rows with and without sharing in one batch.
 
-    A row without sharing gets its own tokens a second time: a softmax over every key twice is the same average.
-    Both keys and values have to be treated so.
+    A row without sharing gets its own tokens a second time: a softmax over every key twice is the same average, so
+    attention needs no mask. Both keys and values have to be treated so.
 
     Args:
-        own: (batch, tokens, heads * dim).
-        shared: (batch or 1, shared, heads * dim); ``shared`` must be a multiple of ``tokens`` unless all rows share.
-        sharing: whether each row shares, (batch,).
+        own: (chunks * batch, tokens, heads * dim).
+        shared: for each chunk of the batch what it shares, (batch or 1, shared, heads * dim), or None.
+        repeat: False leaves rows without sharing zeros, which a bias has to hide.
 
     Returns:
-        (batch, tokens + shared, heads * dim); ``own`` itself where no row shares.
+        (chunks * batch, tokens + shared, heads * dim); ``own`` itself where no chunk shares.
     """
-    shared = for_batch(shared, len(own)).to(own.dtype)
-    if len(sharing) != len(own):
-        raise ConfigError(f"which of {len(own)} rows share the reference? {len(sharing)} answers were given")
-    if all(sharing):
-        return torch.cat([own, shared], dim=1)
-    if not any(sharing):
+    lengths = {reference.shape[1] for reference in shared if reference is not None}
+    if not lengths:
         return own
-    times, rest = divmod(shared.shape[1], own.shape[1])
-    if rest:
+    if len(lengths) > 1 or len(own) % len(shared):
         raise ConfigError(
-            f"rows with and without the reference need as many tokens of both, found {own.shape[1]} and "
-            f"{shared.shape[1]}; give the reference the picture's size, or run the rows apart"
+            f"{len(own)} rows cannot share {len(shared)} references with {sorted(lengths)} tokens; give all of one size"
         )
-    chosen = torch.tensor(sharing, device=own.device)[:, None, None]
-    return torch.cat([own, torch.where(chosen, shared, own.repeat(1, times, 1))], dim=1)
+    (length,) = lengths
+    tokens, batch = own.shape[1], len(own) // len(shared)
+    if repeat and length % tokens and None in shared:
+        raise ConfigError(
+            f"rows with and without the reference need as many tokens of both, found {tokens} and {length}; give the "
+            "reference the picture's size, or run the rows apart"
+        )
+    joined = own.new_empty(len(own), tokens + length, own.shape[2])
+    joined[:, :tokens] = own
+    for rows, mine, reference in zip(joined[:, tokens:].split(batch), own.split(batch), shared):
+        if reference is not None:
+            rows.copy_(for_batch(reference, batch))
+        elif repeat:
+            rows.unflatten(1, (-1, tokens)).copy_(mine.unsqueeze(1).expand(-1, length // tokens, -1, -1))
+        else:
+            rows.zero_()
+    return joined
 
 
 def add_adapter(

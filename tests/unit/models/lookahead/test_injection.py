@@ -127,24 +127,40 @@ def test_masks_multiply():
 def test_repeating_own_tokens_changes_nothing_and_appending_shares(own):
     q, k, v = own
     shared_k, shared_v = draws(3, 6, 8, seed=5), draws(3, 6, 8, seed=6)
-    sharing = [True, False, True]
-    mixed = attention(q, append_or_repeat(k, shared_k, sharing), append_or_repeat(v, shared_v, sharing), HEADS)
+    keys, values = ([reference[:1], None, reference[2:]] for reference in (shared_k, shared_v))
+    mixed = attention(q, append_or_repeat(k, keys), append_or_repeat(v, values), HEADS)
     torch.testing.assert_close(mixed[1], attention(*own, HEADS)[1])
     torch.testing.assert_close(mixed[[0, 2]], appended(own, [shared_k, shared_v])[[0, 2]])
 
 
-def test_where_no_row_shares_nothing_is_made(own, reference):
-    assert append_or_repeat(own[1], reference[0], [False] * 3) is own[1]
+def test_chunks_of_several_rows_share_one_reference_or_one_for_each(own):
+    k = torch.cat([own[1], own[2]])
+    one, each = draws(1, 4, 8, seed=5), draws(3, 4, 8, seed=6)
+    joined = append_or_repeat(k, [one, each])
+    assert torch.equal(joined[:, :6], k)
+    assert torch.equal(joined[:3, 6:], one.expand(3, -1, -1)) and torch.equal(joined[3:, 6:], each)
 
 
-def test_a_reference_of_another_size_needs_rows_that_all_share(own, reference):
-    assert append_or_repeat(own[1], reference[0], [True] * 3).shape == (3, 10, 8)
-    twice = torch.cat([own[1]] * 2, dim=1)
-    assert append_or_repeat(own[1], twice, [True, False, False]).shape == (3, 18, 8)
+def test_where_no_row_shares_nothing_is_made(own):
+    assert append_or_repeat(own[1], [None] * 3) is own[1]
+
+
+def test_a_reference_of_another_size_needs_rows_that_all_share_or_a_bias(own, reference):
+    assert append_or_repeat(own[1], [reference[0]]).shape == (3, 10, 8)
+    twice = torch.cat([own[1][:1]] * 2, dim=1)
+    joined = append_or_repeat(own[1], [twice, None, None])
+    assert torch.equal(joined[2], torch.cat([own[1][2]] * 3))
+    hidden = append_or_repeat(own[1], [reference[0][:1], None, None], repeat=False)
+    assert hidden.shape == (3, 10, 8) and not hidden[1:, 6:].any()
     with pytest.raises(ConfigError, match="found 6 and 4"):
-        append_or_repeat(own[1], reference[0], [True, False, True])
-    with pytest.raises(ConfigError, match="3 rows .* 2 answers"):
-        append_or_repeat(own[1], reference[0], [True, False])
+        append_or_repeat(own[1], [reference[0][:1], None, None])
+
+
+def test_references_of_different_sizes_are_refused(own, reference):
+    with pytest.raises(ConfigError, match=r"3 rows cannot share 3 references with \[4, 6\] tokens"):
+        append_or_repeat(own[1], [reference[0][:1], own[1][:1], None])
+    with pytest.raises(ConfigError, match="3 rows cannot share 2"):
+        append_or_repeat(own[1], [reference[0], None])
 
 
 def test_one_reference_serves_all_rows(own, reference):
