@@ -10,3 +10,9 @@ Stopping = io.Custom("PERSONALIZE_STOPPING")
 """A rule that decides when training ends: trainers.stopping."""
 Pictures = io.Custom("PERSONALIZE_PICTURES")
 """Pictures on their way to a dataset, unchecked while the tokens are unknown: tuple of trainers.dataset.Example."""
+PreviewLosses = io.Custom("PERSONALIZE_PREVIEW_LOSS")
+"""What previews of a picture should come closer to: tuple of nodes.preview_gradient.HostLoss."""
+Encoder = io.Custom("PERSONALIZE_ENCODER")
+"""A face encoder, as its file holds it: models.lookahead.encoder.LookaheadEncoder."""
+Identity = io.Custom("PERSONALIZE_IDENTITY")
+"""One or more people, ready for a guider: models.lookahead.identity.Identity."""
