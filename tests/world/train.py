@@ -56,7 +56,7 @@ OUTPUTS = {
 """File -> steps of its training, and what it saw."""
 LATENT_NOISE = 0.03
 OBJECT_WEIGHT = 4.0
-CAPTIONS_MEASURED = 200
+CAPTIONS_MEASURED = 500
 
 
 def main() -> None:
