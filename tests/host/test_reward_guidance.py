@@ -281,27 +281,6 @@ def test_a_mask_on_the_latent_is_respected(tools, scene):
     assert kept.abs().max() < 1e-5 < changed.abs().max()
 
 
-@pytest.fixture
-def control_net(comfy):
-    """control_net(model) -> the host's ControlNet with random weights, fitting a tiny model."""
-    import comfy.cldm.cldm
-    import comfy.controlnet
-    import comfy.ops
-
-    def make(model, seed=0):
-        config = {key: value for key, value in model.model.model_config.unet_config.items() if key != "out_channels"}
-        network = comfy.cldm.cldm.ControlNet(
-            **config, hint_channels=3, operations=comfy.ops.disable_weight_init, device=torch.device("cpu")
-        )
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in network.parameters():
-            scale = 0.02 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
-        return comfy.controlnet.ControlNet(network.float(), load_device=torch.device("cpu"))
-
-    return make
-
-
 @pytest.mark.parametrize("family", ("sd15", "sdxl"))
 @pytest.mark.parametrize("node", ("ControlNetApplyAdvanced", "ControlNetApply"))
 def test_a_controlnet_on_the_personalized_prompt_also_holds_for_the_base(
