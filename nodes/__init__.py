@@ -6,6 +6,7 @@ from .convert_lookahead import ConvertLookaheadCheckpoint
 from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
 from .export_lora import ExportLoRA
+from .lookahead import KSamplerLookahead, LookaheadGuiderNode
 from .train_dco import TrainDCO
 from .training_base import LoadTrainingBase, StopFixed
 
@@ -21,6 +22,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadLearnedTokens,
     RewardGuiderNode,
     KSamplerRewardGuidance,
+    LookaheadGuiderNode,
+    KSamplerLookahead,
 ]
 
 
