@@ -7,6 +7,7 @@ from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
 from .export_lora import ExportLoRA
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
+from .prompts import PromptBatch
 from .train_dco import TrainDCO
 from .training_base import LoadTrainingBase, StopFixed
 
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     KSamplerRewardGuidance,
     LookaheadGuiderNode,
     KSamplerLookahead,
+    PromptBatch,
 ]
 
 
