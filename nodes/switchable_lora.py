@@ -218,6 +218,19 @@ def switched(loras: Iterable[SwitchableLora], factor: float = 1.0) -> dict[str, 
     return {lora.id: factor for lora in loras}
 
 
+def switched_on(options: Mapping[str, Any], lora: SwitchableLora | None, cache: RunCache) -> dict[str, Any]:
+    """The host's transformer_options with one more adapter, which the MODEL does not carry, and a cache of its own.
+
+    It is on in every row, but for rows with a tag that leaves it out.
+    """
+    options = {**options, _RUN: cache}
+    if lora is None:
+        return options
+    wrappers = options.get("wrappers", {})
+    of_unet = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
+    return {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: {**of_unet, lora.id: [lora]}}}
+
+
 def tagged(cond: Mapping[str, Any], tag: Mapping[str, float], name: str) -> dict[str, Any]:
     """A copy of one converted conditioning with a switch, and with a uuid of its own.
 
