@@ -124,6 +124,15 @@ class LatentCache:
         """Number of cuts that example ``index`` is drawn from."""
         return len(self._variants[index])
 
+    def moments(self, index: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of an example's latents in its first cut, each (channels, height, width)."""
+        first = self._variants[index][0]
+        return first.mean, first.std
+
+    def time_ids(self, indices: Sequence[int]) -> Tensor:
+        """SDXL's size conditioning of the examples' first cuts, (examples, 6)."""
+        return torch.tensor([self._variants[index][0].time_ids for index in indices], dtype=torch.float32)
+
     def sample(self, index: int, generator: torch.Generator) -> LatentSample:
         """Draw a cut of example ``index`` and, from its posterior, latents: mean + std · ε.
 

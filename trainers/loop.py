@@ -13,17 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..models.errors import PersonalizeError, TrainingError
+from .best import BestWeights
 from .checkpoint import Checkpoints, Stateful
 from .config import TrainConfig
 from .devices import free_memory, is_out_of_memory, out_of_memory
+from .evaluation import Evaluation
 from .optimizer import ParameterGroup, average_gradients, clip_gradients, make_optimizer, make_schedule
 from .progress import Progress, SilentProgress
 from .ranks import Ranks
 from .run_log import RunLog
 from .stopping import FixedSteps, StoppingRule
 
-SMOOTHING_STEPS = 20
-"""Steps over which the loss is averaged where the best weights are looked for."""
 SKIPPED_STEPS_LIMIT = 20
 """Consecutive fp16 steps that may overflow while the loss scale adapts."""
 
@@ -35,10 +35,16 @@ class TrainResult:
     steps: int = 0
     losses: list[float] = field(default_factory=list)
     stopped_by: Literal["steps", "rule", "cancelled", "nan"] = "steps"
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    """Steps done and the loss on the evaluation batch, where the stopping rule asks for it."""
+    explanation: str = ""
+    """What the stopping rule has to say: why it ended the run, or why it did not."""
     best_step: int | None = None
     """Step whose weights were restored, when the best ones were asked for."""
     steps_per_second: float = 0.0
     """Since the run was started or resumed, without caching, previews and saving."""
+    evaluation_share: float = 0.0
+    """Part of that time spent on evaluations."""
     peak_memory_bytes: int = 0
     """Largest memory of the device, or of the process where the device is the CPU."""
 
@@ -47,13 +53,16 @@ class TrainResult:
         """One line for people."""
         reasons = {
             "steps": "all steps done",
-            "rule": "the stopping rule was met",
+            "rule": self.explanation or "the stopping rule was met",
             "cancelled": "cancelled",
             "nan": "the loss was no longer a number; the last good weights were kept",
         }
+        if self.explanation:
+            reasons["steps"] += f"; {self.explanation}"
         kept = "" if self.best_step is None else f", best weights from step {self.best_step}"
+        share = f", {self.evaluation_share:.0%} of the time for evaluations" if self.evaluations else ""
         return (
-            f"{self.steps} steps ({reasons[self.stopped_by]}{kept}), {self.steps_per_second:.2f} steps/s, "
+            f"{self.steps} steps ({reasons[self.stopped_by]}{kept}), {self.steps_per_second:.2f} steps/s{share}, "
             f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
         )
 
@@ -68,6 +77,7 @@ def train_loop(
     clip_also: Sequence[Tensor] = (),
     after_step: Callable[[], None] | None = None,
     stopping: StoppingRule | None = None,
+    evaluation: Evaluation | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
     run_folder: Path | None = None,
@@ -84,6 +94,7 @@ def train_loop(
         state: what decides the coming batches (generator, order), saved with every checkpoint.
         clip_also: tensors whose gradients count in the clipping norm although they are not trained.
         after_step: called after every optimizer step, for instance to retract embeddings.
+        evaluation: the recipe's objective on the batch that the stopping rule asks for.
         run_folder: where the log, the previews and the training states go; None keeps nothing.
         fingerprint: identity of settings and data; a state with another one is not resumed.
         preview: step number -> picture, or None when the user cancelled meanwhile. Previews stop, and
@@ -98,12 +109,13 @@ def train_loop(
     """
     progress, ranks, state = progress or SilentProgress(), ranks or Ranks(), state or {}
     rule = stopping or FixedSteps()
-    total, stopper = rule.limit(config.steps), rule.start()
+    total, stopper = rule.limit(config.steps), rule.start(config.batch_size * config.gradient_accumulation)
     optimizer = make_optimizer(config, groups, ranks)
     schedule = make_schedule(config, optimizer, total)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16" and device.type == "cuda")
     result = TrainResult()
-    best = _Best(groups) if config.keep == "best" else None
+    best = BestWeights(groups) if config.keep == "best" else None
+    drawn = {**state, "stopping": stopper, **({"evaluation": evaluation} if evaluation else {})}
     checkpoints = Checkpoints(
         run_folder,
         config.checkpoint_limit,
@@ -112,7 +124,7 @@ def train_loop(
         optimizer=optimizer,
         schedule=schedule,
         scaler=scaler,
-        others={**state, "stopping": stopper, "result": _Losses(result), **({"best": best} if best else {})},
+        others={**drawn, "result": _History(result), **({"best": best} if best else {})},
     )
     if config.resume:
         result.steps = checkpoints.load_newest()
@@ -123,14 +135,28 @@ def train_loop(
             )
     log = RunLog(run_folder if ranks.is_writer else None, result.steps)
     trained = [parameter for group in groups for parameter in group.parameters.values()]
-    progress.report(result.steps, total, "training")
-    seconds, done, skipped, note = 0.0, 0, 0, ""
+    progress.report(result.steps, total, stopper.explain(total) or "training")
+    seconds, evaluating, done, skipped, note, standing = 0.0, 0.0, 0, 0, "", ""
+    measured: dict[str, float] = {}
+    finished = ranks.any(stopper.stopped)
     failure: PersonalizeError | None = None
     before: dict[str, dict] = {}
     try:
-        while result.steps < total:
+        while result.steps < total and not finished:
             started = time.perf_counter()
-            before = {name: other.state_dict() for name, other in state.items()}
+            before = {name: other.state_dict() for name, other in drawn.items()}
+            if evaluation is not None and stopper.wants_evaluation(result.steps):
+                losses = evaluation.run(lambda: ranks.any(progress.cancelled()))
+                if losses is None:
+                    result.stopped_by = "cancelled"
+                    break
+                found = stopper.evaluated(result.steps, losses[""])
+                standing = "".join(f" · {name} {value:.3f}" for name, value in found.items())
+                measured = {f"evaluation_{name}".rstrip("_"): value for name, value in losses.items()} | found
+                measured = {name: value for name, value in measured.items() if math.isfinite(value)}
+                if best is not None:
+                    best.offer(result.steps, losses[""])
+                evaluating += time.perf_counter() - started
             loss = _accumulate(config, step, scaler, progress, ranks)
             if loss is None:
                 result.stopped_by = "cancelled"
@@ -160,9 +186,12 @@ def train_loop(
                 checkpoints.clear()
             result.losses.append(loss)
             seconds, done = seconds + time.perf_counter() - started, done + 1
-            log.write(result.steps, loss, rate)
-            if best is not None:
-                best.update(result.steps, result.losses)
+            log.write(result.steps, loss, rate, measured)
+            if "evaluation" in measured:
+                result.evaluations.append((result.steps - 1, measured["evaluation"]))
+            measured = {}
+            if best is not None and evaluation is None:
+                best.smoothed(result.steps, result.losses)
             finished = ranks.any(stopper.should_stop(result.steps, loss))
             picture = None
             if preview and config.preview_every and result.steps % config.preview_every == 0 and ranks.is_writer:
@@ -175,13 +204,12 @@ def train_loop(
                     free_memory(device)
                 if picture is not None:
                     log.save_preview(result.steps, picture)
-            message = f"loss {loss:.4f} · lr {rate:.1e} · {done / seconds:.2f} steps/s{note}"
+            message = f"loss {loss:.4f} · lr {rate:.1e} · {done / seconds:.2f} steps/s{standing}{note}"
             progress.report(result.steps, total, message, picture)
             if config.checkpoint_every and result.steps % config.checkpoint_every == 0 and ranks.is_writer:
                 checkpoints.save(result.steps)
-            if finished:
-                result.stopped_by = "rule"
-                break
+        if finished and result.stopped_by == "steps":
+            result.stopped_by = "rule"
     except PersonalizeError as error:
         failure = error
     except RuntimeError as error:
@@ -192,13 +220,15 @@ def train_loop(
         log.close()
     # Draws of an unfinished step are taken back, so that a resume repeats them.
     for name, earlier in before.items():
-        state[name].load_state_dict(earlier)
+        drawn[name].load_state_dict(earlier)
     optimizer.zero_grad(set_to_none=True)
     if result.stopped_by == "nan" and not result.steps:
         raise TrainingError(
             "the first loss is not a number; use fp32 or bf16, or check the pictures and the checkpoint"
         )
     result.steps_per_second = done / seconds if done else 0.0
+    result.evaluation_share = evaluating / seconds if done else 0.0
+    result.explanation = stopper.explain(total)
     result.peak_memory_bytes = peak_memory(device)
     if ranks.is_writer and result.steps:
         interrupted = failure is not None or result.stopped_by == "cancelled"
@@ -211,7 +241,7 @@ def train_loop(
 def _keep(
     result: TrainResult,
     checkpoints: Checkpoints,
-    best: "_Best | None",
+    best: BestWeights | None,
     save: Callable[[TrainResult], None] | None,
     failure: PersonalizeError | None,
     interrupted: bool,
@@ -287,48 +317,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class _Losses:
-    """The loss history as part of a training state."""
+class _History:
+    """The losses so far as part of a training state."""
 
     def __init__(self, result: TrainResult) -> None:
         self._result = result
 
     def state_dict(self) -> dict:
-        return {"losses": self._result.losses}
+        return {"losses": self._result.losses, "evaluations": self._result.evaluations}
 
     def load_state_dict(self, state: dict) -> None:
         self._result.losses[:] = state["losses"]
-
-
-class _Best:
-    """Copies of the weights where the smoothed loss was lowest."""
-
-    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
-        self._parameters = {f"{g.name}.{name}": p for g in groups for name, p in g.parameters.items()}
-        self._copies: dict[str, Tensor] = {}
-        self._step, self._score = None, math.inf
-
-    def update(self, step: int, losses: Sequence[float]) -> None:
-        if step < SMOOTHING_STEPS:
-            return
-        score = sum(losses[-SMOOTHING_STEPS:]) / SMOOTHING_STEPS
-        if score < self._score:
-            self._step, self._score = step, score
-            self._copies = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
-
-    @torch.no_grad()
-    def swap(self) -> int | None:
-        """Exchange the present weights for the best ones, or back; the best ones' step, None after too short a run."""
-        for name, copy in self._copies.items():
-            self._copies[name] = self._parameters[name].detach().to("cpu", copy=True)
-            self._parameters[name].copy_(copy)
-        return self._step
-
-    def state_dict(self) -> dict:
-        return {"step": self._step, "score": self._score if self._step else None, **self._copies}
-
-    def load_state_dict(self, state: dict) -> None:
-        if not state:  # the run was started without looking for the best weights
-            return
-        self._copies = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        self._step, self._score = state["step"], math.inf if state["score"] is None else state["score"]
+        self._result.evaluations[:] = [(steps, loss) for steps, loss in state.get("evaluations", ())]

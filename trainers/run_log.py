@@ -1,7 +1,7 @@
 """What a run writes down while it trains: log.jsonl and the preview pictures."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -21,13 +21,14 @@ class RunLog:
         """
         self._folder, self._resumed_at, self._file = folder, resumed_at, None
 
-    def write(self, step: int, loss: float, rate: float) -> None:
+    def write(self, step: int, loss: float, rate: float, measured: Mapping[str, float]) -> None:
+        """Args: measured: what was evaluated before the step, by name."""
         if self._folder is None:
             return
         path = self._folder / "log.jsonl"
         with _writing(path):
             self._file = self._file or self._open(path)
-            self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate}) + "\n")
+            self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate, **measured}) + "\n")
             self._file.flush()
 
     def _open(self, path: Path) -> TextIO:

@@ -22,7 +22,7 @@ def dco_step(
     noise: Tensor,
     timesteps: Tensor,
     policy: Conditioning,
-    reference: Conditioning | None,
+    reference: Conditioning | Tensor | None,
     class_rows: int = 0,
     autocast: AbstractContextManager | None = None,
     ranks: Ranks | None = None,
@@ -37,24 +37,23 @@ def dco_step(
         latents, noise: (batch, channels, height, width); the class rows, if any, come last.
         timesteps: (batch,); on the CPU, where the schedule is looked up, or on the UNet's device.
         policy: conditioning of all rows for the model being trained.
-        reference: conditioning of at least the instance rows for the frozen base; None for the plain loss.
+        reference: conditioning of at least the instance rows for the frozen base, or that base's prediction where
+            it is known; None for the plain loss.
         class_rows: how many rows belong to class pictures.
     """
     instance_rows = len(latents) - class_rows
     noisy = schedule.add_noise(latents, noise, timesteps)
     target = schedule.target(latents, noise, timesteps)
-    moments = timesteps.to(latents.device)
     weights = None
     if config.snr_gamma:
         weights = schedule.min_snr_weights(timesteps[:instance_rows], config.snr_gamma)
     with autocast or nullcontext():
-        base = None
-        if config.beta > 0:
+        base = reference if config.beta > 0 else None
+        if isinstance(base, Conditioning):
             # Before the policy's pass, so that its adapters are on whenever the backward pass recomputes.
-            with torch.no_grad(), lora_off(unet):
-                first = slice(0, instance_rows)
-                base = predict(unet, noisy[first], moments[first], reference.first(instance_rows))
-        prediction = predict(unet, noisy, moments, policy)
+            first = slice(0, instance_rows)
+            base = predict_base(unet, noisy[first], timesteps[first], base.first(instance_rows))
+        prediction = predict(unet, noisy, timesteps.to(latents.device), policy)
     instance, instance_target = prediction[:instance_rows], target[:instance_rows]
     if base is None:
         loss = denoising_error(instance, instance_target, weights)
@@ -65,3 +64,10 @@ def dco_step(
         prior = denoising_error(prediction[instance_rows:], target[instance_rows:])
         loss = loss + config.prior_loss_weight * prior
     return loss
+
+
+@torch.no_grad()
+def predict_base(unet: nn.Module, noisy: Tensor, timesteps: Tensor, reference: Conditioning) -> Tensor:
+    """The frozen base's prediction: the same UNet with its LoRA switched off."""
+    with lora_off(unet):
+        return predict(unet, noisy, timesteps.to(noisy.device), reference)

@@ -17,6 +17,7 @@ from ..checkpoint import GeneratorState, check_states
 from ..config import build
 from ..dataset import Dataset
 from ..devices import autocast, dtype_of, free_memory, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
+from ..evaluation import Evaluation
 from ..loop import TrainResult, train_loop
 from ..optimizer import ParameterGroup, check_optimizer
 from ..order import BatchOrder
@@ -27,6 +28,7 @@ from ..settings import pick_device
 from ..stopping import FixedSteps, StoppingRule
 from ..text import check_tokens
 from .config import DCOConfig, DCORun
+from .evaluation import FixedLoss
 from .preview import Previews
 from .step import dco_step
 from .text import TextSide
@@ -82,6 +84,8 @@ def train(
     resumed = check_states(place.run_folder, fingerprint, resume=config.resume, overwrite=place.overwrite)
     place.check(dataset.tokens, may_exist=resumed)
     check_optimizer(config)
+    if rule.evaluation is not None:
+        rule.evaluation.check(base.schedule.timesteps)
     tokenizer = base.tokenizer()
     check_tokens(dataset.tokens, tokenizer)
     if before_loading is not None:
@@ -157,6 +161,12 @@ def train(
         time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=device) if sized else None
         return text.reference([""], time_ids), text.policy([preview_prompt], time_ids)
 
+    evaluation = None
+    if rule.evaluation is not None:
+        fixed_loss = FixedLoss(config, unet, schedule, text, dataset, latents, sized=sized, device=device)
+        evaluation = Evaluation(
+            rule.evaluation, latents, timesteps=schedule.timesteps, seed=config.seed, loss=fixed_loss
+        )
     files: list[Path] = []
 
     def save(finished: TrainResult) -> None:
@@ -183,6 +193,7 @@ def train(
         clip_also=text.clip_also,
         after_step=text.retract,
         stopping=rule,
+        evaluation=evaluation,
         progress=progress,
         ranks=ranks,
         run_folder=place.run_folder,

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from comfyui_personalize.models.errors import ConfigError, FormatError, MissingDependencyError, TrainingError
 from comfyui_personalize.trainers import loop
+from comfyui_personalize.trainers.best import SMOOTHING_STEPS
 from comfyui_personalize.trainers.checkpoint import GeneratorState, check_resumable, newest_states
 from comfyui_personalize.trainers.config import TrainConfig
 from comfyui_personalize.trainers.devices import autocast, dtype_of, resolve
-from comfyui_personalize.trainers.loop import SMOOTHING_STEPS, ParameterGroup, clip_gradients, train_loop
+from comfyui_personalize.trainers.loop import ParameterGroup, clip_gradients, train_loop
 from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.ranks import Ranks
 from comfyui_personalize.trainers.stopping import FixedSteps
@@ -579,13 +580,15 @@ def test_processes_that_resume_from_different_steps_are_stopped(tmp_path):
 class LossBudget:
     """A rule that stops when the losses so far exceed a budget."""
 
+    evaluation = None
+
     def __init__(self, budget):
         self.budget = budget
 
     def limit(self, steps):
         return steps
 
-    def start(self):
+    def start(self, rows):
         return _Spent(self.budget)
 
     def identity(self):
@@ -596,10 +599,20 @@ class _Spent:
     def __init__(self, budget):
         self.budget, self.spent, self.steps = budget, 0.0, []
 
+    @property
+    def stopped(self):
+        return self.spent > self.budget
+
+    def wants_evaluation(self, steps):
+        return False
+
+    def explain(self, total):
+        return f"{self.spent:.1f} of {self.budget:.1f} spent"
+
     def should_stop(self, step, loss):
         self.spent += loss
         self.steps.append(step)
-        return self.spent > self.budget
+        return self.stopped
 
     def state_dict(self):
         return {"spent": self.spent, "steps": self.steps}
@@ -622,6 +635,17 @@ def test_a_rule_resumes_with_its_state(tmp_path):
     assert Toy().train(tmp_path, steps=50, stopping=rule, progress=CancelAfter(3)).steps == 3
     result = Toy().train(tmp_path, steps=50, stopping=rule, resume=True)
     assert (result.stopped_by, result.steps) == ("rule", 7)
+    assert "7 steps (" in result.summary and "spent)" in result.summary
+
+
+def test_a_run_that_a_rule_stopped_takes_no_further_step(tmp_path):
+    rule = LossBudget(sum(Toy().train(steps=6).losses) - 1e-6)
+    first, again = Toy(), Toy()
+    assert first.train(tmp_path, steps=50, stopping=rule, checkpoint_every=6).steps == 6
+    saved = Saved(again)
+    result = again.train(tmp_path, steps=50, stopping=rule, checkpoint_every=6, resume=True, save=saved)
+    assert (result.stopped_by, result.steps, again.calls) == ("rule", 6, 0)
+    assert same(saved.weights[0], first.weights)
 
 
 def test_fixed_steps_replace_the_configured_number():
