@@ -17,11 +17,9 @@ from captions import caption  # noqa: E402
 from dataset import draw_bytes, in_unit_range, padded_ids  # noqa: E402
 from generator import random_scene  # noqa: E402
 from scenes import STYLES  # noqa: E402
-from weights import FOLDER, path_of  # noqa: E402
+from weights import path_of  # noqa: E402
 
 from comfyui_personalize.trainers.tokenizer import load_tokenizer  # noqa: E402
-
-committed = pytest.mark.skipif(not (FOLDER / clip_pair.FILE).exists(), reason="the weights are not trained yet")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +141,6 @@ def test_one_thing_is_changed_at_a_time():
             assert other.style in STYLES
 
 
-@committed
 def test_the_committed_pair_knows_pictures_by_their_captions(tokenizer):
     model, _ = clip_pair.load_pair(path_of(clip_pair.FILE))
     scores = clip_pair.measure(model, tokenizer, 128)

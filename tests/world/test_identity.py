@@ -18,9 +18,7 @@ from generator import random_identity  # noqa: E402
 from identity import IdentityNet  # noqa: E402
 from scenes import BACKGROUNDS, STYLES, Identity  # noqa: E402
 from subjects import PEOPLE  # noqa: E402
-from weights import FOLDER, path_of  # noqa: E402
-
-committed = pytest.mark.skipif(not (FOLDER / identity.FILE).exists(), reason="the weights are not trained yet")
+from weights import path_of  # noqa: E402
 
 
 def faces(who):
@@ -130,7 +128,6 @@ def test_a_short_training_tells_people_apart():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@committed
 def test_the_committed_network_tells_people_apart_that_it_never_saw():
     net = IdentityNet.load(path_of(identity.FILE))
     scores = identity.measure(net, 40)

@@ -255,14 +255,13 @@ def accuracies():
     return scorer.accuracies_of(logits, table, torch.ones(len(scenes), dtype=torch.bool))
 
 
-LIMITS = dict.fromkeys(("background", "count", "place", "what", "colour", "body", "eyes"), 0.97) | {
-    # What the scorer should read as well, but does not yet: its training was too short. The card has the shares seen.
-    "style": 0.86,
-    "top": 0.93,
-    "second": 0.74,
-    "odd": 0.76,
-    "subject": 0.93,
-    "identity": 0.93,
+LIMITS = {
+    **dict.fromkeys(("background", "style", "count", "place", "what", "colour", "body", "eyes", "subject"), 0.97),
+    "identity": 0.96,
+    "top": 0.96,
+    # Few pixels show them, in sketches and pairs hardly any.
+    "second": 0.88,
+    "odd": 0.88,
 }
 """Least share that is read right."""
 

@@ -100,7 +100,7 @@ def test_every_file_needs_a_run(weights, folder):
 def test_the_committed_files_are_those_of_the_card(weights):
     card = weights.read_card()
     assert card["files"].keys() == {path.name for path in weights.FOLDER.glob("*.safetensors")}
-    assert {"world_sd15.safetensors", "world_sdxl.safetensors", "world_scorer.safetensors"} <= card["files"].keys()
+    assert card["files"].keys() == weights.STAGES.keys()
     sizes = {file: weights.path_of(file).stat().st_size for file in card["files"]}
     assert max(sizes.values()) <= 25e6 and sum(sizes.values()) <= 60e6
     for file, entry in card["files"].items():
