@@ -108,7 +108,7 @@ class IdentityAttention:
             return executor(x, *args, **kwargs)
         chunks = tuple(roles.get(chunk, _NOTHING) for chunk in options.get("uuids") or [None])
         with ExitStack() as hooks:
-            call = _Call(self, executor.class_obj, chunks, run, hooks, x.shape)
+            call = _Call(self, executor.class_obj, chunks, run, hooks, x.shape, options)
             if any(role.keep for role in chunks):
                 call.keep()
                 try:
@@ -134,6 +134,8 @@ class _Call:
     hooks: ExitStack
     shape: torch.Size
     """Of the latents, (rows, channels, height, width)."""
+    options: dict[str, Any]
+    """The host's transformer_options, in which other nodes may have put an attention of their own."""
 
     @property
     def batch(self) -> int:
@@ -231,7 +233,8 @@ class _Call:
             like = (self.chunks, tuple(q.shape[:2]), q.dtype, q.device)
             k, v = self.run.once(("tokens", block, *like), lambda: self._tokens(block, q))
             scale = self.run.once(("scale", *like), lambda: self._scale(q))
-            seen = optimized_attention(q, k, v, attention.heads, attn_precision=attention.attn_precision)
+            settings = {"attn_precision": attention.attn_precision, "transformer_options": self.options}
+            seen = optimized_attention(q, k, v, attention.heads, **settings)
             return (args[0] + scale * seen,)
 
         return add

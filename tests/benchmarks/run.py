@@ -21,6 +21,10 @@ HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
 sys.path.insert(0, str(HERE))
 
+VAE_ENCODING = 4.9
+"""TFLOP of encoding a picture of 1024 × 1024 with SDXL's VAE."""
+_comfy = None
+
 
 def helper(path: str):
     """A helper module of the tests, by its path below tests/."""
@@ -97,8 +101,7 @@ def guidance(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) -
         for name, m in unet.named_modules()
         if name.endswith(ATTENTION)
     }
-    comfy = helper("host/in_process.py").import_host(host, base)
-    helper("host/tinymodels/__init__.py")
+    comfy = in_process(host, base)
     from comfyui_personalize import nodes as extension
 
     metadata = describe("lora/1", family=SDXL.name, method="dco", title="benchmark")
@@ -111,6 +114,50 @@ def guidance(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) -
         f"| {found['ours_rows']} | {found['authors_rows']} | {pair.ours * 1e3:.1f} ms | {pair.theirs * 1e3:.1f} ms | "
         f"**{pair.ratio:.2f}** ({pair.spread[0]:.2f}–{pair.spread[1]:.2f}) | {found['largest_difference']:.1e} |"
     ]
+
+
+def in_process(host: Path, base: Path):
+    """The host's modules in this process, once; it knows the tiny sizes."""
+    global _comfy
+    if _comfy is None:
+        _comfy = helper("host/in_process.py").import_host(host, base)
+        helper("host/tinymodels/__init__.py")
+    return _comfy
+
+
+def lookahead(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) -> list[str]:
+    """Table rows: a step with a face encoder, with shared attention and without."""
+    import lookahead_step
+
+    from comfyui_personalize.models.lookahead import IdentityTokens
+    from comfyui_personalize.models.lookahead.identity import Identity, fingerprint
+
+    comfy = in_process(host, base)
+    encoder = helper("tiny/lookahead.py").make_encoder("sdxl")
+    width = next(iter(encoder.adapter.values()))[0].shape[1]
+    tokens = IdentityTokens(torch.randn(1, 16, width), torch.randn(1, 16, width))
+    identity = Identity(tokens, torch.randn(1, 1, 4, side // 8, side // 8), fingerprint(encoder.resampler))
+    with torch.inference_mode():
+        found = lookahead_step.measure(comfy, checkpoint, encoder, identity, side, rounds)
+    return [
+        f"| {mode} | {one['ours_rows']}, {one['ours_vae']} VAE | {one['authors_rows']}, {one['authors_vae']} VAE | "
+        f"{one['pair'].ours * 1e3:.1f} ms | {one['pair'].theirs * 1e3:.1f} ms | **{one['pair'].ratio:.2f}** "
+        f"({one['pair'].spread[0]:.2f}–{one['pair'].spread[1]:.2f}) | {one['largest_difference']:.1e} |"
+        for mode, one in found.items()
+    ]
+
+
+def lookahead_at_full_size(host: Path, base: Path) -> list[str]:
+    """Table rows: TFLOP of a step at SDXL's true size."""
+    import lookahead_step
+
+    with torch.inference_mode():
+        work = lookahead_step.full_size_work(in_process(host, base))
+    rows = []
+    for mode, name in lookahead_step.MODES.items():
+        theirs = work[f"authors' {name}"] + VAE_ENCODING
+        rows.append(f"| {mode} | {work[name]:.1f} | {theirs:.1f} | **{theirs / work[name]:.2f}** |")
+    return [*rows, f"| plain guidance | {work['plain']:.1f} | – | – |"]
 
 
 def import_time(host: Path, base: Path, starts: int) -> str:
@@ -169,6 +216,20 @@ def main() -> None:
                 "| rows per UNet call, ours | authors' | ours | authors' | speed ratio | largest difference |",
                 "| --- | --- | --- | --- | --- | --- |",
                 *guidance(checkpoint, host, folder / "in-process", side * 2, rounds * 2),
+                "",
+                "### Face encoder, one denoising step, batch 1",
+                "",
+                "| mode | rows per UNet call, ours | authors' | ours | authors' | speed ratio | largest difference |",
+                "| --- | --- | --- | --- | --- | --- | --- |",
+                *lookahead(checkpoint, host, folder / "in-process", side * 2, rounds * 2),
+                "",
+                "At SDXL's true size and 1024 × 1024, in TFLOP per step, counted without data:",
+                "",
+                "| mode | ours | authors' | ratio |",
+                "| --- | --- | --- | --- |",
+                *lookahead_at_full_size(host, folder / "in-process"),
+                "",
+                "One UNet is resident where the authors have two.",
                 "",
                 "### Starting ComfyUI",
                 "",

@@ -19,5 +19,10 @@ def test_the_benchmark_counts_the_work_of_each_step(comfyui):
         "style": "2 rows, 0 text passes, 0 VAE",
     }
     assert re.search(r"^\| \[3\] \| \[2, 1\] \|", run.stdout, flags=re.MULTILINE)
-    difference = float(re.search(r"\| ([\d.]+e[+-]\d+) \|$", run.stdout, flags=re.MULTILINE).group(1))
-    assert difference < 1e-4
+    assert "| attention sharing | [2, 4], 0 VAE | [2, 2, 2], 1 VAE |" in run.stdout
+    assert "| adapter only | [2], 0 VAE | [2, 2], 1 VAE |" in run.stdout
+    differences = re.findall(r"\| ([\d.]+e[+-]\d+) \|$", run.stdout, flags=re.MULTILINE)
+    assert len(differences) == 3 and max(map(float, differences)) < 1e-4
+    work = dict(re.findall(r"^\| (attention sharing|adapter only|plain guidance) \| ([\d.]+) \|", run.stdout, re.M))
+    assert float(work["adapter only"]) < 1.01 * float(work["plain guidance"])
+    assert float(work["attention sharing"]) < 3.3 * float(work["plain guidance"])

@@ -90,7 +90,8 @@ def test_keys_and_values_of_the_encoder_pass(load_case, path):
     for block in case.config["modules"]:
         from comfyui_personalize.nodes.identity_attention import Role, _Call
 
-        call = _Call(bench.attention, None, (Role(tokens="cond"),), bench.run, None, bench.inputs["sample"].shape)
+        shape = bench.inputs["sample"].shape
+        call = _Call(bench.attention, None, (Role(tokens="cond"),), bench.run, None, shape, {})
         taken = dict(zip(("self_k", "self_v"), kept[block]))
         taken |= zip(("cross_k", "cross_v"), call._tokens(block, torch.zeros(1)))
         for which, tensor in taken.items():
