@@ -20,7 +20,7 @@ from ..models.lookahead import append_or_repeat, for_batch, region_tokens
 from ..models.lookahead.encoder import LookaheadEncoder
 from ..models.lookahead.encoder_parts import KeyValueCopy
 from ..models.lookahead.identity import Identity
-from .lora_layers import LayerPatch
+from .lora_layers import LayerPatch, model_label
 from .switchable_lora import SwitchableLora, require_unet
 
 KEY = "personalize_identity"
@@ -297,10 +297,12 @@ def host_names(model) -> dict[str, str]:
 
 def check_fit(model, encoder: LookaheadEncoder) -> None:
     """Raise IncompatibleModelError unless the encoder was made for this MODEL's UNet."""
-    require_unet(model)
+    require_unet(model, f"{encoder.name} needs", "use another kind of adapter")
     network = model.model.diffusion_model
     if network.num_classes is None:
-        raise IncompatibleModelError(f"{encoder.name} is for SDXL, this model is of another family; load an SDXL one")
+        raise IncompatibleModelError(
+            f"{encoder.name} is for SDXL, this model is an {model_label(model)}; load an SDXL one"
+        )
     attentions = {name: own for name, own in host_names(model).items() if ".attn" in name}
     shapes = {name: network.get_submodule(own).weight.shape for name, own in attentions.items()}
     encoder.check_fit(shapes)

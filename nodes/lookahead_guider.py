@@ -97,6 +97,7 @@ class LookaheadGuider(TermGuider):
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, attention)
         model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._start)
         super().__init__(model)
+        self.set_cfg(text_scale)
         self.encoder_prompt = _bare(encoder_prompt or positive)
         self.inner_set_conds(
             {

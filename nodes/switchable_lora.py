@@ -188,13 +188,13 @@ def _dense(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | N
     return F.linear(x, weight, bias)
 
 
-def require_unet(model) -> None:
+def require_unet(model, who: str = "switchable LoRAs need", instead: str = "use the Load LoRA node") -> None:
     """Raise IncompatibleModelError unless the MODEL is a UNet of the Stable Diffusion families."""
     network = model.model.diffusion_model
     if not isinstance(network, UNetModel):
         raise IncompatibleModelError(
-            f"switchable LoRAs need a UNet (SD1.5, SD2.1 or SDXL), but this model is a {type(network).__name__}; "
-            "load one of those checkpoints, or use the Load LoRA node for this one"
+            f"{who} a UNet (SD1.5, SD2.1 or SDXL), but this model is a {type(network).__name__}; "
+            f"load one of those checkpoints, or {instead} for this one"
         )
 
 

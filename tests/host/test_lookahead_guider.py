@@ -268,12 +268,32 @@ def test_low_vram_gives_the_same_result(comfy, tools, person):
     assert tools.relative(got, expected) < 1e-5
 
 
+def test_eight_bit_weights_act_like_weights_that_were_rounded(comfy, tools, person, checkpoint):
+    import comfy.sd
+
+    eight_bit = {"dtype": torch.float8_e4m3fn}
+    small = comfy.sd.load_checkpoint_guess_config(str(checkpoint("sdxl")), output_clip=False, model_options=eight_bit)[
+        0
+    ]
+    rounded = comfy.sd.load_checkpoint_guess_config(str(checkpoint("sdxl")), output_clip=False)[0]
+    for parameter in rounded.model.diffusion_model.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn).to(parameter.dtype)
+    assert next(small.model.diffusion_model.parameters()).dtype == torch.float8_e4m3fn
+    scene = person()
+    got, expected = (tools.guide(scene.guider(model), steps=2) for model in (small, rounded))
+    assert tools.relative(got, expected) < 1e-3
+    assert tools.relative(got, tools.guide(scene.guider(), steps=2)) > 1e-3
+
+
 def test_nothing_stays_on_the_model(comfy, tools, person):
     scene = person()
+    comfy.model_management.unload_all_models()  # the text encoder, too
     before = tools.ksample(scene.model, scene.positive, scene.negative)
     guider = scene.guider()
     for seed in range(3):
         tools.guide(guider, seed=seed)
+    resident = [loaded.model.model for loaded in comfy.model_management.current_loaded_models]
+    assert resident and all(one is scene.model.model for one in resident)  # no second UNet, and nothing else
     gc.collect()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(20):
