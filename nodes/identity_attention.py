@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention
@@ -22,6 +21,7 @@ from ..models.lookahead.encoder_parts import KeyValueCopy
 from ..models.lookahead.identity import Identity
 from .lora_layers import LayerPatch, model_label
 from .switchable_lora import SwitchableLora, require_unet
+from .unet_names import host_names
 
 KEY = "personalize_identity"
 """Key of our wrappers on a MODEL."""
@@ -287,12 +287,6 @@ def _project(projection: nn.Module, copy: KeyValueCopy, x: Tensor) -> Tensor:
         return F.linear(x, copy.to(x))
     own = type(projection).forward(projection, x)  # past its hooks, yet through the host's casts and patches
     return own if copy is None else own + copy.to(x).linear(x)
-
-
-def host_names(model) -> dict[str, str]:
-    """Modules of the MODEL's UNet that have a weight: diffusers' name -> the host's."""
-    table = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    return {key[: -len(".weight")]: value[: -len(".weight")] for key, value in table.items() if key.endswith(".weight")}
 
 
 def check_fit(model, encoder: LookaheadEncoder) -> None:

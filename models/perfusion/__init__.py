@@ -8,7 +8,18 @@ gate with a bias and a temperature decides from which resemblance on the answer 
 from .concept import Concept, concept_tensors, edit_space, read_concept, write_concept
 from .concept_parts import KEY, VALUE, ConceptParts
 from .covariance import Covariance, CovarianceEstimate, read_covariance, write_covariance
-from .edit import BETA, TAU, EditSpace, Scores, Target, at_positions, edit_projection, key_value_inputs
+from .edit import (
+    BETA,
+    TAU,
+    EditSpace,
+    Scores,
+    Target,
+    at_positions,
+    edit_projection,
+    edited_input,
+    gated_outputs,
+    key_value_inputs,
+)
 from .loss import masked_loss, resize_mask, soft_mask
 from .sampling import ddim, ddim_timesteps, edm_sigmas, euler_edm, nearest_timestep, training_sigmas
 from .target import EMA_DECAY, OutputMode, concept_encoding, concept_row, moved_target_input, superclass_input
@@ -35,8 +46,10 @@ __all__ = [
     "ddim_timesteps",
     "edit_projection",
     "edit_space",
+    "edited_input",
     "edm_sigmas",
     "euler_edm",
+    "gated_outputs",
     "key_value_inputs",
     "masked_loss",
     "moved_target_input",

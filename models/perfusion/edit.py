@@ -164,6 +164,26 @@ def edit_projection(projected: Tensor, scores: Scores, basis: Tensor, outputs: S
     return edited.to(projected.dtype)
 
 
+def edited_input(encodings: Tensor, scores: Scores, space: EditSpace) -> Tensor:
+    """x - Σⱼ uⱼ xᵀC⁻¹uⱼ: what a projection of edited encodings is given, whatever else changes the projection.
+
+    With `gated_outputs` added behind it this is `edit_projection`, without W u.
+
+    Args:
+        encodings: x, (batch, tokens, dim), in any dtype.
+        scores: of x, from EditSpace.measure.
+    """
+    basis = space.basis.to(encodings.device)
+    return (encodings.float() - scores.components @ basis).to(encodings.dtype)
+
+
+def gated_outputs(scores: Scores, outputs: Sequence[Tensor]) -> Tensor:
+    """Σ_c gate_c · o*_c, (batch, tokens, out), float32; arguments as of `edit_projection`."""
+    tokens = scores.gates.shape[1]
+    terms = [scores.gates[..., index, None] * at_positions(o.float(), tokens) for index, o in enumerate(outputs)]
+    return torch.stack(terms).sum(dim=0)
+
+
 def at_positions(outputs: Tensor, tokens: int) -> Tensor:
     """Rows (positions, out) for a prompt of ``tokens`` tokens: (tokens, out), or (1, out) when one serves all."""
     if len(outputs) in (1, tokens):

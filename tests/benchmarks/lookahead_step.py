@@ -181,7 +181,7 @@ def _hollow(comfy):
     from comfyui_personalize.models.lookahead.encoder import LookaheadEncoder
     from comfyui_personalize.models.lookahead.identity import Identity
     from comfyui_personalize.models.lora import LowRankDelta
-    from comfyui_personalize.nodes.identity_attention import host_names
+    from comfyui_personalize.nodes.unet_names import host_names
 
     unet = UNetModel(**unet_config(), operations=comfy.ops.disable_weight_init)
     names = host_names(_Hollow(unet))

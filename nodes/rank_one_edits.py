@@ -1,0 +1,194 @@
+"""Perfusion's edits in the host's UNet: hooks on cross-attention's projections for the time of one call.
+
+A projection gets its input without the concepts' directions, and its output what the gates let through. Both depend on
+the prompt alone, so they are made once for a sampling run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ..models.errors import ConfigError
+from ..models.perfusion import KEY as KEYS
+from ..models.perfusion import VALUE as VALUES
+from ..models.perfusion import Concept, EditSpace, Scores, edit_space, edited_input, gated_outputs
+from .guiding import SigmaRange
+from .switchable_lora import require_unet
+from .unet_names import host_names
+
+KEY = "personalize_rank_one_edits"
+"""Key of our wrappers on a MODEL."""
+TAG = "personalize_superclass"
+"""Entry of a conditioning: the encoding of its prompt with the superclass words, (batch, tokens, dim), for keys."""
+_TAGS, _RUN = "personalize_superclass_tags", "personalize_rank_one_run"  # entries of the host's transformer_options
+
+
+@dataclass(frozen=True)
+class GatedConcept:
+    """A concept and the gate that it opens."""
+
+    concept: Concept
+    beta: float
+    tau: float
+
+
+@dataclass
+class _Run:
+    """What is made once for a sampling run."""
+
+    sampling: Any
+    """The host's model_sampling."""
+    made: dict[tuple, Any] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Projection -> target output of each concept."""
+
+    def __deepcopy__(self, memo: dict) -> "_Run":
+        return self
+
+
+class RankOneEdits:
+    """A wrapper of the UNet's forward. What belongs to a run is in its `_Run`, so clones and threads may share this."""
+
+    def __init__(self, model, concepts: Sequence[GatedConcept], within: SigmaRange):
+        self.concepts = tuple(concepts)
+        self.within = within
+        self.space: EditSpace = edit_space(
+            [gated.concept for gated in concepts], [gated.beta for gated in concepts], [gated.tau for gated in concepts]
+        )
+        names = host_names(model)
+        self.projections = {name: own for name, own in names.items() if name.endswith((KEYS, VALUES))}
+        """Diffusers' name -> the host's."""
+
+    def __deepcopy__(self, memo: dict) -> "RankOneEdits":
+        return self
+
+    def __call__(self, executor, x: Tensor, *args, **kwargs) -> Tensor:
+        """Run the UNet; x is (rows, channels, height, width)."""
+        options = kwargs.get("transformer_options") or (args[4] if len(args) > 4 else {})
+        run, sigmas = options.get(_RUN), options.get("sigmas")
+        if run is not None and sigmas is not None and not self.within.holds(run.sampling, sigmas):
+            return executor(x, *args, **kwargs)
+        call = _Call(self, executor.class_obj, options, run or _Run(None))
+        with ExitStack() as hooks:
+            for name, own in self.projections.items():
+                module = call.unet.get_submodule(own)
+                before, after = call.hooks(name, module)
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
+            return executor(x, *args, **kwargs)
+
+
+class _Call:
+    """The hooks of one call of the UNet."""
+
+    def __init__(self, edits: RankOneEdits, unet: nn.Module, options: Mapping[str, Any], run: _Run):
+        self.edits, self.unet, self.run = edits, unet, run
+        self.chunks = tuple(options.get("uuids") or (None,))
+        tags = options.get(_TAGS, {})
+        self.superclass = [tags.get(chunk) for chunk in self.chunks]
+        # Patches of other nodes may change the context from step to step; without uuids nobody knows.
+        patched = any(name.startswith("attn2") for name in options.get("patches", ()))
+        self.made = {} if patched or self.chunks == (None,) else run.made
+        self.scores: dict[bool, Scores] = {}
+        """Of the keys' input where it is the superclass prompt's (True), and of the prompt itself."""
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        key = (self.edits, self.chunks, *key)
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def hooks(self, name: str, module: nn.Module) -> tuple[Callable, Callable]:
+        """What runs before and after a projection."""
+        locked = name.endswith(KEYS) and any(rows is not None for rows in self.superclass)
+
+        def before(_module: nn.Module, args: tuple) -> tuple:
+            edited, self.scores[locked] = self._input(args[0], locked)
+            return (edited, *args[1:])
+
+        def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+            key = ("output", name, tuple(output.shape), output.dtype, output.device)
+            return output + self._once(key, lambda: self._output(name, module, output, self.scores[locked]))
+
+        return before, after
+
+    def _input(self, context: Tensor, locked: bool) -> tuple[Tensor, Scores]:
+        """The encodings without what they have of the concepts, and what that was."""
+
+        def make() -> tuple[Tensor, Scores]:
+            seen = self._superclass(context) if locked else context
+            scores = self.edits.space.measure(seen)
+            return edited_input(seen, scores, self.edits.space), scores
+
+        return self._once(("input", locked, tuple(context.shape), context.dtype, context.device), make)
+
+    def _superclass(self, context: Tensor) -> Tensor:
+        """The context, in rows that have one with the encoding of the superclass prompt."""
+        tokens, batch = context.shape[1], len(context) // len(self.chunks)
+        rows = list(context.split(batch))
+        for index, encoding in enumerate(self.superclass):
+            if encoding is not None:
+                times, rest = divmod(tokens, encoding.shape[1])
+                if rest or len(encoding) not in (1, batch):
+                    raise ConfigError(
+                        f"a prompt of {tokens} tokens has a superclass prompt of {encoding.shape[1]}; another node "
+                        "changed one of them: connect Perfusion Text Encode directly to the sampler"
+                    )
+                rows[index] = encoding.to(context).repeat(1, times, 1).expand(batch, -1, -1)
+        return torch.cat(rows)
+
+    def _output(self, name: str, module: nn.Module, like: Tensor, scores: Scores) -> Tensor:
+        """What the gates let through, (rows, tokens, out)."""
+
+        def project(rows: Tensor) -> Tensor:  # past hooks, yet through the host's casts and patches
+            return type(module).forward(module, rows.to(like)).float()
+
+        if name not in self.run.outputs:
+            concepts = [gated.concept for gated in self.edits.concepts]
+            self.run.outputs[name] = [concept.target_output(name, project) for concept in concepts]
+        outputs = [rows.to(like.device) for rows in self.run.outputs[name]]
+        return gated_outputs(scores, outputs).to(like.dtype)
+
+
+def check_fit(model, concept: Concept) -> None:
+    """Raise IncompatibleModelError unless the concept was trained for this MODEL's UNet."""
+    require_unet(model, f"{concept.name} needs", "use another method")
+    network = model.model.diffusion_model
+    projections = {name: own for name, own in host_names(model).items() if name.endswith((KEYS, VALUES))}
+    concept.check_fit({name: network.get_submodule(own).weight.shape for name, own in projections.items()})
+
+
+def attach(model, concepts: Sequence[GatedConcept], within: SigmaRange):
+    """A clone of the MODEL under the edits of these concepts."""
+    if model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY):
+        raise ConfigError(
+            "this model carries Perfusion concepts already, and concepts have to know of each other; chain the Load "
+            "Perfusion Concept nodes, and apply them once"
+        )
+    for gated in concepts:
+        check_fit(model, gated.concept)
+    edits = RankOneEdits(model, concepts, within)
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, edits)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _start_run)
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _carry_tags)
+    return model
+
+
+def _start_run(executor, guider, sigmas, extra_args, *args, **kwargs):
+    options = extra_args["model_options"].setdefault("transformer_options", {})
+    options[_RUN] = _Run(guider.inner_model.model_sampling)
+    return executor(guider, sigmas, extra_args, *args, **kwargs)
+
+
+def _carry_tags(executor, model, conds, x, timestep, model_options, *args, **kwargs):
+    tags = {cond["uuid"]: cond[TAG] for entries in conds for cond in entries or () if TAG in cond}
+    if tags:
+        options = model_options.get("transformer_options", {})
+        model_options = {**model_options, "transformer_options": {**options, _TAGS: tags}}
+    return executor(model, conds, x, timestep, model_options, *args, **kwargs)
