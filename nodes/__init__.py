@@ -7,15 +7,23 @@ from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
 from .export_lora import ExportLoRA
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
+from .perfusion import (
+    ApplyPerfusion,
+    KSamplerMultiConceptLocking,
+    LoadPerfusionConcept,
+    PerfusionEDMSchedule,
+    PerfusionTextEncode,
+)
 from .prompts import PromptBatch
 from .train_dco import TrainDCO
-from .training_base import LoadTrainingBase, StopFixed
+from .training_base import LoadTrainingBase, StopDVAR, StopFixed
 
 NODES: list[type[io.ComfyNode]] = [
     TrainingPicture,
     PersonalizationDataset,
     LoadTrainingBase,
     StopFixed,
+    StopDVAR,
     TrainDCO,
     ExportLoRA,
     ConvertLookaheadCheckpoint,
@@ -26,6 +34,11 @@ NODES: list[type[io.ComfyNode]] = [
     LookaheadGuiderNode,
     KSamplerLookahead,
     PromptBatch,
+    LoadPerfusionConcept,
+    ApplyPerfusion,
+    PerfusionTextEncode,
+    KSamplerMultiConceptLocking,
+    PerfusionEDMSchedule,
 ]
 
 

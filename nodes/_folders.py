@@ -7,10 +7,14 @@ import folder_paths
 ENCODERS = "lookahead_encoders"
 IDENTITIES = "identities"
 FACE_NETWORKS = "arcface"
+FACE_MODELS = "insightface"
+CONCEPTS = "perfusion_concepts"
 ENDINGS = {
     ENCODERS: {".safetensors", ".pt", ".bin", ".pth"},
     IDENTITIES: {".safetensors"},
     FACE_NETWORKS: {".pth", ".pt", ".bin", ".safetensors"},
+    FACE_MODELS: {".onnx"},
+    CONCEPTS: {".safetensors", ".ckpt", ".pt"},
 }
 """Folder kind, which is also the folder's name below ``models``, -> endings of its files."""
 

@@ -16,3 +16,5 @@ Encoder = io.Custom("PERSONALIZE_ENCODER")
 """A face encoder, as its file holds it: models.lookahead.encoder.LookaheadEncoder."""
 Identity = io.Custom("PERSONALIZE_IDENTITY")
 """One or more people, ready for a guider: models.lookahead.identity.Identity."""
+Concepts = io.Custom("PERSONALIZE_CONCEPT")
+"""Perfusion concepts with their gates: tuple of nodes.rank_one_edits.GatedConcept."""

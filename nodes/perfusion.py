@@ -1,0 +1,328 @@
+"""Perfusion nodes: load concepts, put them on a model, and sample several in one picture."""
+
+import logging
+from dataclasses import replace
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..models.perfusion import edm_sigmas, read_concept
+from ..models.tokens import plain_name
+from . import _host, _sockets
+from ._choices import first_refusal, known
+from ._folders import CONCEPTS
+from .guiding import SigmaRange, sample_latent
+from .learned_tokens import teach
+from .perfusion_prompts import encode, with_words
+from .rank_one_edits import GatedConcept, attach
+
+GLOBAL_LOCKING = (
+    "Keys, which decide where a concept goes, see the prompt with the superclass word in its place (the paper's global "
+    "key locking). Keeps poses and layouts freer, and costs nothing while sampling."
+)
+
+
+class LoadPerfusionConcept(io.ComfyNode):
+    """One concept with its gate, after those before it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeLoadPerfusionConcept",
+            display_name="Load Perfusion Concept",
+            category="personalize/perfusion",
+            description="Loads a concept of at most 100 KB, ours or a .ckpt of the authors. Chain several for several "
+            "concepts in one picture.",
+            inputs=[
+                io.Combo.Input(
+                    "concept_name",
+                    options=_host.model_files(CONCEPTS),
+                    tooltip="The file, in models/perfusion_concepts.",
+                ),
+                io.Float.Input(
+                    "beta",
+                    default=0.65,
+                    min=-2.0,
+                    max=4.0,
+                    step=0.01,
+                    tooltip="From which resemblance on the concept acts: lower looks more like the pictures, higher "
+                    "obeys the prompt more. The authors sample with 0.6 to 0.7; trained with 0.75.",
+                ),
+                io.Float.Input(
+                    "tau",
+                    default=0.15,
+                    min=0.001,
+                    max=2.0,
+                    step=0.001,
+                    tooltip="Softness of that limit. The authors sample with 0.15; trained with 0.1.",
+                ),
+                io.Boolean.Input(
+                    "enabled", default=True, tooltip="Off leaves the concept out; its word is then only a word."
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="Word to use in prompts instead of the file's, such as <teddy>. Usually empty.",
+                ),
+                _sockets.Concepts.Input("concepts", optional=True, tooltip="Concepts loaded before this one."),
+            ],
+            outputs=[
+                _sockets.Concepts.Output(display_name="concepts"),
+                io.String.Output(display_name="tokens", tooltip="The words of all concepts, separated by commas."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, concept_name=None) -> bool | str:
+        return known("concept", concept_name, _host.model_files(CONCEPTS))
+
+    @classmethod
+    def fingerprint_inputs(cls, concept_name=None, **_others) -> str:
+        return _host.file_version(_host.find_model_file(CONCEPTS, concept_name) if concept_name else None)
+
+    @classmethod
+    def execute(cls, concept_name, beta, tau, enabled, trigger="", concepts=()) -> io.NodeOutput:
+        loaded = tuple(concepts)
+        if enabled:
+            with _host.short_paths():
+                concept = read_concept(_host.model_path(CONCEPTS, concept_name), trigger.strip())
+            free = _free_word(concept.trigger, [gated.concept.trigger for gated in loaded])
+            if free != concept.trigger:
+                logging.warning("%s: the word %s is taken, use %s", concept_name, concept.trigger, free)
+                concept = replace(concept, embedding=replace(concept.embedding, trigger=free))
+            loaded = (*loaded, GatedConcept(concept, beta, tau))
+        return io.NodeOutput(loaded, ", ".join(gated.concept.trigger for gated in loaded))
+
+
+def _free_word(trigger: str, taken: list[str]) -> str:
+    """The word itself, or the first numbered one that no other concept has; prompts ignore case."""
+    used, word, number = {one.lower() for one in taken}, trigger, 2
+    while word.lower() in used:
+        word, number = f"<{plain_name(trigger)}-{number}>", number + 1
+    return word
+
+
+class ApplyPerfusion(io.ComfyNode):
+    """Concepts on a model and their words on a CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeApplyPerfusion",
+            display_name="Apply Perfusion",
+            category="personalize/perfusion",
+            description="Puts concepts on a model, without changing a weight, and their words on its CLIP "
+            "(arXiv 2305.01644).",
+            inputs=[
+                io.Model.Input("model", tooltip="The family that the concepts were trained on. LoRAs may come before."),
+                io.Clip.Input("clip", tooltip="Its text encoders."),
+                _sockets.Concepts.Input("concepts", tooltip="From Load Perfusion Concept."),
+                *_range(),
+            ],
+            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, concepts, start_percent=0.0, end_percent=1.0) -> io.NodeOutput:
+        return io.NodeOutput(*_applied(model, clip, concepts, start_percent, end_percent))
+
+
+def _range() -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Part of the denoising after which the concepts set in. 0 is from the start.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Part of the denoising after which the concepts stop.",
+        ),
+    ]
+
+
+def _applied(model, clip, concepts, start_percent: float, end_percent: float):
+    for gated in concepts:
+        clip = teach(clip, [gated.concept.embedding], gated.concept.name)
+    return (attach(model, concepts, SigmaRange(start_percent, end_percent)) if concepts else model), clip
+
+
+class PerfusionTextEncode(io.ComfyNode):
+    """CLIP Text Encode with global key locking."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizePerfusionTextEncode",
+            display_name="Perfusion Text Encode",
+            category="personalize/perfusion",
+            description="Encodes a prompt with concepts twice: as it is for values, and with the superclass words for "
+            "keys. Without global locking the ordinary CLIP Text Encode does.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="From Apply Perfusion."),
+                _sockets.Concepts.Input("concepts", tooltip="The same that were applied."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt. {1}, {2} … stand for the concepts' words in their order.",
+                ),
+                io.Boolean.Input("global_locking", default=True, tooltip=GLOBAL_LOCKING),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning")],
+        )
+
+    @classmethod
+    def execute(cls, clip, concepts, text, global_locking) -> io.NodeOutput:
+        return io.NodeOutput(encode(clip, with_words(text, concepts), concepts, global_locking=global_locking))
+
+
+class KSamplerMultiConceptLocking(io.ComfyNode):
+    """Apply Perfusion, two prompts and KSampler in one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        samplers = comfy.samplers.KSampler
+        return io.Schema(
+            node_id="PersonalizeKSamplerMultiConceptLocking",
+            display_name="KSampler (Multi-Concept Locking)",
+            category="personalize/perfusion",
+            description="Samples one or several Perfusion concepts in one picture; everything in one node.",
+            inputs=[
+                io.Model.Input("model", tooltip="The family that the concepts were trained on."),
+                io.Clip.Input("clip", tooltip="Its text encoders."),
+                _sockets.Concepts.Input("concepts", tooltip="From Load Perfusion Concept."),
+                io.String.Input(
+                    "positive",
+                    multiline=True,
+                    default="a {1} sitting in a {2}",
+                    tooltip="The prompt. {1}, {2} … stand for the concepts' words in their order; the words themselves "
+                    "do, too.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    default="",
+                    tooltip="What the picture should not show.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Random seed of the starting noise.",
+                ),
+                io.Int.Input("steps", default=30, min=1, max=10000, tooltip="Number of denoising steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=6.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance by the prompt; 6 is the authors'.",
+                ),
+                io.Combo.Input("sampler_name", options=samplers.SAMPLERS, tooltip="The sampling algorithm."),
+                io.Combo.Input("scheduler", options=samplers.SCHEDULERS, tooltip="How the noise level falls."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise; its inpainting mask is respected."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 keeps part of the latent's structure, for image to image.",
+                ),
+                io.Boolean.Input("global_locking", default=True, tooltip=GLOBAL_LOCKING),
+                *_range(),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sampler_name=None, scheduler=None) -> bool | str:
+        return first_refusal(
+            (
+                known("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
+                known("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
+            )
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        concepts,
+        positive,
+        negative,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        latent_image,
+        denoise,
+        global_locking,
+        start_percent=0.0,
+        end_percent=1.0,
+    ) -> io.NodeOutput:
+        model, clip = _applied(model, clip, concepts, start_percent, end_percent)
+        prompt = encode(clip, with_words(positive, concepts), concepts, global_locking=global_locking)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(prompt, clip.encode_from_tokens_scheduled(clip.tokenize(negative)))
+        guider.set_cfg(cfg)
+        return io.NodeOutput(sample_latent(guider, latent_image, seed, steps, sampler_name, scheduler, denoise))
+
+
+class PerfusionEDMSchedule(io.ComfyNode):
+    """The authors' noise levels."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeEDMSchedule",
+            display_name="EDM Schedule (Perfusion)",
+            category="personalize/perfusion",
+            description="Noise levels as the Perfusion authors sample with Euler (arXiv 2206.00364, eq. 5). For "
+            "Sampler Custom Advanced.",
+            inputs=[
+                io.Int.Input("steps", default=50, min=1, max=10000, tooltip="Number of denoising steps."),
+                io.Float.Input(
+                    "sigma_max",
+                    default=14.6146,
+                    min=0.001,
+                    max=5000.0,
+                    step=0.0001,
+                    tooltip="Noise level of the start: that of Stable Diffusion's last training timestep.",
+                ),
+                io.Float.Input(
+                    "sigma_min",
+                    default=0.0292,
+                    min=0.0001,
+                    max=5000.0,
+                    step=0.0001,
+                    tooltip="Noise level of the last step: that of Stable Diffusion's first training timestep.",
+                ),
+                io.Float.Input(
+                    "rho",
+                    default=3.0,
+                    min=0.1,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How much the steps crowd towards low noise; 3 is the authors', 7 the paper's.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(display_name="sigmas")],
+        )
+
+    @classmethod
+    def execute(cls, steps, sigma_max, sigma_min, rho) -> io.NodeOutput:
+        return io.NodeOutput(edm_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
