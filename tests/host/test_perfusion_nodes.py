@@ -1,0 +1,301 @@
+"""Perfusion concepts in the host: what they change, what they leave alone, and what is refused."""
+
+import gc
+import logging
+
+import pytest
+import torch
+
+WORDS = (("<cup>", "cup"), ("<bear>", "bear"))
+
+
+@pytest.fixture
+def tools(comfy, load_helper):
+    return load_helper("host/sampling.py")
+
+
+@pytest.fixture
+def scene(comfy, load_helper):
+    """scene(family, count=1, **concept) -> model, CLIP and concepts together."""
+    make_concept = load_helper("host/concepts.py").make_concept
+
+    class Scene:
+        def __init__(self, family="sd15", count=1, beta=0.6, tau=0.1, **settings):
+            from comfyui_personalize.nodes.rank_one_edits import GatedConcept
+
+            self.model, self.clip, _ = comfy.load(family)
+            self.concepts = tuple(
+                GatedConcept(make_concept(self.model, self.clip, *words, seed=seed, **settings), beta, tau)
+                for seed, words in enumerate(WORDS[:count])
+            )
+
+        def apply(self, concepts=None, model=None, start=0.0, end=1.0):
+            from comfyui_personalize.nodes.perfusion import ApplyPerfusion
+
+            concepts = self.concepts if concepts is None else concepts
+            return ApplyPerfusion.execute(model or self.model, self.clip, concepts, start, end).result
+
+        def sample(self, tools, prompt="a <cup> and a <bear> in paris", concepts=None, model=None, **settings):
+            model, clip = self.apply(concepts, model)
+            return tools.ksample(model, encode(comfy, clip, prompt), encode(comfy, clip, "blurry"), **settings)
+
+    return Scene
+
+
+def encode(comfy, clip, prompt):
+    return comfy.nodes.CLIPTextEncode().encode(clip, prompt)[0]
+
+
+@pytest.mark.parametrize("family", ("sd15", "sd21", "sdxl"))
+@pytest.mark.parametrize("positions", (1, 77))
+def test_a_concept_shows_and_its_gate_closes_it(comfy, tools, scene, family, positions):
+    from dataclasses import replace
+
+    one = scene(family, positions=positions)
+    plain = tools.ksample(one.model, *(encode(comfy, one.apply()[1], text) for text in ("a <cup> in paris", "blurry")))
+    shown, closed = (
+        one.sample(tools, "a <cup> in paris", [replace(one.concepts[0], beta=beta)]) for beta in (0.6, float("inf"))
+    )
+    assert tools.relative(shown, plain) > 0.02
+    assert tools.relative(shown, closed) > 0.02
+
+
+def test_the_order_of_concepts_does_not_matter(tools, scene):
+    two = scene(count=2)
+    first, second = (two.sample(tools, concepts=concepts) for concepts in (two.concepts, two.concepts[::-1]))
+    assert tools.relative(second, first) < 1e-4
+    assert tools.relative(two.sample(tools, concepts=two.concepts[:1]), first) > 0.01
+
+
+def test_what_is_made_once_is_what_every_step_would_make(tools, scene):
+    two = scene("sdxl", count=2)
+    patched = two.model.clone()
+    patched.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))  # then nothing is kept
+    assert tools.relative(two.sample(tools, model=patched, steps=4), two.sample(tools, steps=4)) < 1e-4
+
+
+def test_edits_cost_no_row_and_are_made_once(tools, scene, monkeypatch):
+    from comfyui_personalize.nodes import rank_one_edits
+
+    two, made = scene(count=2), []
+    once = rank_one_edits.gated_outputs
+    monkeypatch.setattr(rank_one_edits, "gated_outputs", lambda *args: made.append(1) or once(*args))
+    with tools.CountRows(two.model) as rows:
+        two.sample(tools, steps=5)
+    projections = len(rank_one_edits.RankOneEdits(two.model, two.concepts, None).projections)
+    assert rows == [2] * 5
+    assert len(made) == projections
+
+
+def test_a_lora_merged_or_switchable_acts_under_the_edits(tools, scene):
+    one = scene()
+    tensors = tools.random_lora(one.model, every=1, gain=0.5)
+    merged = one.sample(tools, model=tools.with_stock_loader(one.model, tensors))
+    switchable = one.sample(tools, model=tools.with_switchable(one.model, tensors))
+    # Keys answer to the superclass as the base model does; a LoRA in the weights changes that answer as well.
+    assert tools.relative(switchable, merged) < 0.05
+    assert tools.relative(merged, one.sample(tools)) > 0.02
+
+
+def test_an_empty_range_is_the_plain_model_bit_for_bit(comfy, tools, scene):
+    one = scene()
+    model, clip = one.apply(start=0.3, end=0.3)
+    prompts = [encode(comfy, clip, text) for text in ("a <cup> in paris", "blurry")]
+    assert torch.equal(tools.ksample(model, *prompts), tools.ksample(one.model, *prompts))
+    late = one.apply(start=0.5)[0]
+    whole = one.apply()[0]
+    assert not torch.equal(tools.ksample(late, *prompts), tools.ksample(one.model, *prompts))
+    assert not torch.equal(tools.ksample(late, *prompts), tools.ksample(whole, *prompts))
+
+
+def test_rows_of_a_batch_do_not_see_each_other(tools, scene):
+    two = scene(count=2)
+    start = {"samples": torch.zeros(2, 4, 8, 8)}
+    together = two.sample(tools, start=start)
+    assert not torch.equal(together[0], together[1])
+    alone = two.sample(tools)
+    assert tools.relative(together[:1], alone) < 1e-4  # the first row's noise is the same
+
+
+@pytest.mark.parametrize("positions", (1, 77))
+def test_long_prompts(comfy, tools, scene, positions):
+    one = scene(positions=positions)
+    prompt = "a <cup> " + "in a very quiet old town " * 20
+    model, clip = one.apply()
+    assert encode(comfy, clip, prompt)[0][0].shape[1] > 77
+    assert one.sample(tools, prompt).isfinite().all()
+
+
+def test_nothing_stays_on_the_model(comfy, tools, scene):
+    two = scene(count=2)
+    prompts = [encode(comfy, two.clip, text) for text in ("a cup in paris", "blurry")]
+    before = tools.ksample(two.model, *prompts)
+    for seed in range(20):
+        two.sample(tools, seed=seed, steps=1)
+    gc.collect()
+    modules = two.model.model.diffusion_model.modules()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    assert torch.equal(tools.ksample(two.model, *prompts), before)
+
+
+# Global locking
+
+
+def locked(scene, prompt, **settings):
+    from comfyui_personalize.nodes.perfusion import PerfusionTextEncode
+
+    _, clip = scene.apply()
+    settings = {"global_locking": True, **settings}
+    return PerfusionTextEncode.execute(clip, scene.concepts, prompt, **settings).result[0]
+
+
+@pytest.mark.parametrize("family", ("sd15", "sdxl"))
+def test_keys_see_the_prompt_with_the_superclass_words(comfy, scene, family):
+    from comfyui_personalize.nodes.rank_one_edits import TAG
+
+    two = scene(family, count=2)
+    ((embeds, options),) = locked(two, "a {1} and (a {2}:1.2) in paris")
+    words = encode(comfy, two.apply()[1], "a <cup> and (a <bear>:1.2) in paris")[0]
+    superclass = encode(comfy, two.clip, "a cup and (a bear:1.2) in paris")[0]
+    assert torch.equal(embeds, words[0]) and torch.equal(options["pooled_output"], words[1]["pooled_output"])
+    assert torch.allclose(options[TAG], superclass[0], atol=1e-5)
+
+
+def test_a_prompt_without_concepts_needs_no_second_encoding(scene):
+    from comfyui_personalize.nodes.rank_one_edits import TAG
+
+    two = scene(count=2)
+    assert TAG not in locked(two, "a cup in paris")[0][1]
+    assert TAG not in locked(two, "a {1}", global_locking=False)[0][1]
+
+
+def test_global_locking_acts_and_one_node_does_the_same(comfy, tools, scene):
+    from comfyui_personalize.nodes.perfusion import KSamplerMultiConceptLocking
+
+    two = scene(count=2)
+    model, clip = two.apply()
+    prompt, negative = "a {1} in a {2}", encode(comfy, clip, "blurry")
+    free = tools.ksample(model, locked(two, prompt, global_locking=False), negative, cfg=6.0)
+    bound = tools.ksample(model, locked(two, prompt), negative, cfg=6.0)
+    assert tools.relative(bound, free) > 1e-3
+    settings = {"seed": 1, "steps": 3, "cfg": 6.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    (latent,) = KSamplerMultiConceptLocking.execute(
+        two.model, two.clip, two.concepts, prompt, "blurry", latent_image={"samples": torch.zeros(1, 4, 8, 8)},
+        global_locking=True, **settings,
+    ).result  # fmt: skip
+    assert torch.equal(latent["samples"], bound)
+
+
+def test_a_word_of_several_vectors_has_room_for_a_longer_superclass(comfy, scene):
+    from dataclasses import replace
+
+    from comfyui_personalize.models.errors import ConfigError
+    from comfyui_personalize.nodes.rank_one_edits import TAG
+
+    two = scene(rows=3)
+    long = replace(two.concepts[0], concept=replace(two.concepts[0].concept, superclass="coffee cup"))
+    two.concepts = (long,)
+    ((_, options),) = locked(two, "a {1} in paris")
+    superclass = encode(comfy, two.clip, "a coffee cup cup in paris")[0][0]
+    assert torch.allclose(options[TAG], superclass, atol=1e-5)
+    one = scene()
+    one.concepts = (replace(one.concepts[0], concept=replace(one.concepts[0].concept, superclass="coffee cup")),)
+    with pytest.raises(ConfigError, match="2 tokens long, the concept's word 1"):
+        locked(one, "a {1}")
+    one.concepts = (replace(one.concepts[0], concept=replace(one.concepts[0].concept, superclass="")),)
+    with pytest.raises(ConfigError, match="does not say which word"):
+        locked(one, "a {1}")
+
+
+# Files
+
+
+@pytest.fixture
+def folder(comfy):
+    """The host's folder of concepts."""
+    from pathlib import Path
+
+    import comfyui_personalize.nodes._folders as folders
+
+    path = Path(comfy.folder_paths.get_folder_paths(folders.CONCEPTS)[0])
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def test_files_are_chained_and_a_taken_word_is_numbered(tools, scene, folder, caplog):
+    from dataclasses import replace
+
+    from comfyui_personalize.models.perfusion import write_concept
+    from comfyui_personalize.nodes.perfusion import LoadPerfusionConcept
+
+    one = scene()
+    concept = replace(one.concepts[0].concept, family="sd15")
+    write_concept(folder / "cup.safetensors", concept, dtype=torch.float32, overwrite=True)
+
+    def load(**settings):
+        settings = {"beta": 0.6, "tau": 0.1, "enabled": True, **settings}
+        return LoadPerfusionConcept.execute("cup.safetensors", **settings).result
+
+    first, tokens = load()
+    assert tokens == "<cup>"
+    assert torch.equal(one.sample(tools, concepts=first), one.sample(tools))
+    with caplog.at_level(logging.WARNING):
+        both, tokens = load(concepts=first)
+    assert tokens == "<cup>, <cup-2>" and "is taken, use <cup-2>" in caplog.text
+    assert load(concepts=both)[1] == "<cup>, <cup-2>, <cup-3>"
+    assert load(trigger="<mug>", concepts=first)[1] == "<cup>, <mug>"
+    assert load(enabled=False, concepts=first) == (first, "<cup>")
+
+
+# What is refused
+
+
+def refusal(error, call):
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_a_model_of_another_family_is_refused(comfy, scene):
+    from comfyui_personalize.models.errors import IncompatibleModelError
+
+    one = scene("sd15")
+    other = comfy.load("sdxl")[0]
+    assert "model family that it was trained on" in refusal(IncompatibleModelError, lambda: one.apply(model=other))
+
+
+def test_concepts_are_applied_once(scene):
+    from comfyui_personalize.models.errors import ConfigError
+
+    two = scene(count=2)
+    model, _ = two.apply(two.concepts[:1])
+    assert "chain the Load Perfusion Concept" in refusal(ConfigError, lambda: two.apply(two.concepts[1:], model))
+
+
+def test_a_number_without_a_concept_is_refused(scene):
+    from comfyui_personalize.models.errors import ConfigError
+
+    assert "asks for concept {3}, 2 are loaded" in refusal(ConfigError, lambda: locked(scene(count=2), "a {1} on {3}"))
+
+
+def test_another_covariance_is_refused(scene):
+    from dataclasses import replace
+
+    from comfyui_personalize.models.errors import IncompatibleModelError
+
+    two = scene(count=2)
+    other = replace(two.concepts[1], concept=replace(two.concepts[1].concept, covariance="another"))
+    assert "same covariance" in refusal(IncompatibleModelError, lambda: two.apply((two.concepts[0], other)))
+
+
+def test_a_superclass_prompt_that_lost_its_partner_is_refused(comfy, tools, scene):
+    from comfyui_personalize.models.errors import ConfigError
+
+    one = scene()
+    model, clip = one.apply()
+    joined = comfy.nodes.ConditioningConcat().concat(locked(one, "a {1}"), encode(comfy, clip, "paris"))[0]
+    joined[0][0] = joined[0][0][:, :100]
+    negative = encode(comfy, clip, "blurry")
+    assert "connect Perfusion Text Encode directly" in refusal(
+        ConfigError, lambda: tools.ksample(model, joined, negative, cfg=1.0)
+    )
