@@ -6,6 +6,7 @@ from .convert_lookahead import ConvertLookaheadCheckpoint
 from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
 from .export_lora import ExportLoRA
+from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveIdentity
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
 from .perfusion import (
     ApplyPerfusion,
@@ -31,6 +32,10 @@ NODES: list[type[io.ComfyNode]] = [
     LoadLearnedTokens,
     RewardGuiderNode,
     KSamplerRewardGuidance,
+    LoadLookaheadEncoder,
+    EncodeIdentity,
+    SaveIdentity,
+    LoadIdentity,
     LookaheadGuiderNode,
     KSamplerLookahead,
     PromptBatch,

@@ -97,8 +97,7 @@ def fit_reference(pictures: Tensor, side: int, multiple: int) -> Tensor:
     Args:
         pictures: (batch, channels, height, width), between 0 and 1.
     """
-    longest = math.ceil(LONGEST * min(pictures.shape[-2:]))
-    pictures = _middle(pictures, [min(length, longest) for length in pictures.shape[-2:]])
+    pictures = trim_long(pictures)
     height, width = pictures.shape[-2:]
     wanted = reference_sides(height, width, side, multiple)
     if wanted == (height, width):
@@ -106,6 +105,15 @@ def fit_reference(pictures: Tensor, side: int, multiple: int) -> Tensor:
     scale = max(wanted[0] / height, wanted[1] / width)
     sizes = [max(want, round(scale * length)) for want, length in zip(wanted, (height, width), strict=True)]
     return _middle(F.interpolate(pictures, sizes, mode="bicubic", antialias=True).clamp(0, 1), wanted)
+
+
+def trim_long(pictures: Tensor) -> Tensor:
+    """The middle of pictures (batch, channels, height, width) whose sides differ by more than LONGEST.
+
+    Scaled until its shorter side fits, a line of pixels would take all memory.
+    """
+    longest = math.ceil(LONGEST * min(pictures.shape[-2:]))
+    return _middle(pictures, [min(length, longest) for length in pictures.shape[-2:]])
 
 
 def _middle(pictures: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -20,6 +20,7 @@ HOST_LISTS = {
     "lora_name",
     "embedding_name",
     "encoder_name",
+    "identity_name",
     "image",
 }
 """Choices that depend on the host's version or on the files it has."""
