@@ -140,7 +140,7 @@ def run_training(node: type[io.ComfyNode], train: Callable[..., Any]) -> io.Node
             before_loading=_host.free_vram,
         )
     progress.raise_if_cancelled()
-    curve = loss_curve(result.train.losses)
+    curve = loss_curve(result.train.losses, result.train.evaluations)
     preview = result.preview or Image.new("RGB", (64, 64))
     images = _host.pictures_to_images([curve])
     return io.NodeOutput(
@@ -163,7 +163,10 @@ OUTPUTS = [
     io.Custom("COMBO,STRING").Output(
         display_name="lora_name", tooltip="Name of the trained file; connect it to Load DCO LoRA's lora_name."
     ),
-    io.Image.Output(display_name="loss_curve", tooltip="Loss per step, and its running mean."),
+    io.Image.Output(
+        display_name="loss_curve",
+        tooltip="Loss per step, its running mean, and in orange the evaluations of a stopping rule.",
+    ),
     io.Image.Output(display_name="preview", tooltip="The last preview picture; black when none was asked for."),
     io.Int.Output(display_name="steps", tooltip="Optimizer steps done."),
     io.String.Output(display_name="summary", tooltip="Steps, speed, memory and why training ended."),

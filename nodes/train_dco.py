@@ -38,7 +38,7 @@ class TrainDCO(io.ComfyNode):
                 *_trainer.widgets(DCOConfig, *_SETTINGS, steps=2000, gradient_checkpointing=True, preview_every=250),
                 _trainer.OVERWRITE,
                 _sockets.Stopping.Input(
-                    "stopping", optional=True, tooltip="A rule that ends the training; replaces steps."
+                    "stopping", optional=True, tooltip="A rule that ends the training, such as Stop: DVAR."
                 ),
             ],
             outputs=_trainer.OUTPUTS,

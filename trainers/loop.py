@@ -103,12 +103,14 @@ def train_loop(
             write, whether the run was finished, cancelled or failed.
 
     Raises:
-        TrainingError: out of memory, or the very first loss is not a number.
+        TrainingError: out of memory, the very first loss is not a number, or the rule needs what is not evaluated.
         FormatError: the log, a preview, a checkpoint or the result could not be written. Where the result
             could not be, the training state is kept, and a run with ``resume`` tries again.
     """
     progress, ranks, state = progress or SilentProgress(), ranks or Ranks(), state or {}
     rule = stopping or FixedSteps()
+    if rule.evaluation is not None and evaluation is None:
+        raise TrainingError("the stopping rule needs evaluations, which this training does not make; use Stop: Fixed")
     total, stopper = rule.limit(config.steps), rule.start(config.batch_size * config.gradient_accumulation)
     optimizer = make_optimizer(config, groups, ranks)
     schedule = make_schedule(config, optimizer, total)

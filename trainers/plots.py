@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _INK, _FAINT, _RAW, _SMOOTH, _PAPER = (40, 44, 52), (222, 225, 230), (168, 196, 230), (21, 101, 192), (255, 255, 255)
+_EVALUATED = (230, 120, 20)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 20, 44, 52
 
 
@@ -20,17 +21,26 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return result
 
 
-def loss_curve(losses: Sequence[float], *, title: str = "Loss", width: int = 768, height: int = 432) -> Image.Image:
+def loss_curve(
+    losses: Sequence[float],
+    evaluations: Sequence[tuple[int, float]] = (),
+    *,
+    title: str = "Loss",
+    width: int = 768,
+    height: int = 432,
+) -> Image.Image:
     """Loss per optimizer step, pale, and its running mean over a twentieth of the run (at least 5 steps), dark.
 
     Values are clipped to the range between the 1st and 99th percentile, so that one outlier does not
     flatten the curve; constant and empty histories are drawn too.
+
+    Args: evaluations: steps done and the loss on the evaluation batch, drawn in orange.
     """
     image = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(image)
     text, small = ImageFont.load_default(18), ImageFont.load_default(14)
     draw.text((_LEFT, 12), title, fill=_INK, font=text)
-    finite = sorted(value for value in losses if math.isfinite(value))
+    finite = sorted(value for value in (*losses, *(loss for _, loss in evaluations)) if math.isfinite(value))
     if not finite:
         draw.text((_LEFT, height // 2), "no steps yet", fill=_INK, font=text)
         return image
@@ -63,4 +73,8 @@ def loss_curve(losses: Sequence[float], *, title: str = "Loss", width: int = 768
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
         else:
             draw.line(points, fill=colour, width=thickness, joint="curve")
+    if evaluations:
+        points = [point(max(steps - 1, 0), loss) for steps, loss in evaluations]
+        draw.line(points, fill=_EVALUATED, width=3, joint="curve")
+        draw.text((right, 12), "evaluation", fill=_EVALUATED, font=text, anchor="ra")
     return image

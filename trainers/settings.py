@@ -10,6 +10,7 @@ from ..models.formats import safe_name
 from ..models.tokens import LearnedToken
 from .dataset import Dataset
 from .output import OutputPlace
+from .stopping import DVAR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,8 @@ class RunSettings:
     base: BaseSettings
     dataset: DatasetSettings
     output: OutputSettings
+    stopping: DVAR | None = None
+    """Ends the training when it has converged; None takes all steps."""
     device: str = ""
     """``cuda``, ``cpu`` or ``mps``; empty takes the best there is."""
 

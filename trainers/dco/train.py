@@ -211,7 +211,14 @@ def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
     dataset = settings.dataset.open()
     base = open_base(settings.base.path, vae=settings.base.vae or None, tokenizer=settings.base.tokenizer or None)
     result = train(
-        settings.train, base, dataset, settings.output.place(), device=device, progress=progress, ranks=ranks
+        settings.train,
+        base,
+        dataset,
+        settings.output.place(),
+        device=device,
+        stopping=settings.stopping,
+        progress=progress,
+        ranks=ranks,
     )
     if ranks.is_writer:
         print(f"\n{result.train.summary}")

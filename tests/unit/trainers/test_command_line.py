@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from comfyui_personalize.models.dvar import EvaluationSettings
+from comfyui_personalize.models.errors import ConfigError
 from comfyui_personalize.trainers import __main__ as command_line
 from comfyui_personalize.trainers.config import apply_overrides, build, read_toml
 from comfyui_personalize.trainers.dco.config import DCOConfig, DCORun
 from comfyui_personalize.trainers.output import OutputPlace
+from comfyui_personalize.trainers.stopping import DVAR
 
 ROOT = Path(__file__).parents[3]
 RUNNER = ROOT / "tests" / "tiny" / "run_trainer.py"
@@ -161,6 +165,18 @@ def test_the_example_is_a_whole_run_with_the_defaults():
         for name in build(DCORun, values).__getattribute__(table).__dataclass_fields__:
             assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), f"{table}.{name}"
     assert build(DCORun, apply_overrides(values, ["train.steps=500"])).train.steps == 500
+
+
+def test_the_example_s_stopping_rule_has_the_defaults_when_it_is_turned_on():
+    text = (ROOT / "trainers" / "dco" / "example.toml").read_text()
+    start = text.index("# [stopping]")
+    values = tomllib.loads(text[:start] + re.sub("^# ", "", text[start:], flags=re.MULTILINE))
+    assert build(DCORun, values).stopping == DVAR()
+    assert values["stopping"].keys() == DVAR.__dataclass_fields__.keys()
+    assert values["stopping"]["evaluation"].keys() == EvaluationSettings.__dataclass_fields__.keys()
+    assert build(DCORun, read_toml(ROOT / "trainers" / "dco" / "example.toml")).stopping is None
+    with pytest.raises(ConfigError, match="eps must be above 0"):
+        build(DCORun, apply_overrides(values, ["stopping.eps=0.0"]))
 
 
 # As a program

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comfyui_personalize.models.dvar import EvaluationSettings
-from comfyui_personalize.models.errors import ConfigError
+from comfyui_personalize.models.errors import ConfigError, TrainingError
 from comfyui_personalize.trainers.checkpoint import GeneratorState, newest_states
 from comfyui_personalize.trainers.config import TrainConfig
 from comfyui_personalize.trainers.evaluation import Evaluation
@@ -220,6 +220,14 @@ def test_the_intervals_are_logged_and_decide_nothing(tmp_path):
     assert result.evaluations == plain.evaluations
     names = {"step", "loss", "lr", "evaluation", "evaluation_begin", "evaluation_middle", "evaluation_end", "dvar"}
     assert logged(tmp_path)[0].keys() == names
+
+
+def test_a_recipe_that_cannot_evaluate_says_so():
+    weight = torch.nn.Parameter(torch.ones(()))
+    groups = [ParameterGroup("g", {"w": weight}, 1e-3, 0.0)]
+    with pytest.raises(TrainingError, match="needs evaluations, which this training does not make; use Stop: Fixed"):
+        train_loop(TrainConfig(steps=2), groups, weight.square, device=CPU, stopping=RULE)
+    assert weight.item() == 1
 
 
 def test_states_of_runs_without_evaluations_still_resume(tmp_path):

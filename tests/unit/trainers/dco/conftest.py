@@ -150,7 +150,9 @@ class Workplace:
         folder = self.folder / "out"
         return OutputPlace(name, folder / "loras", folder / "embeddings", folder / "runs" / name, overwrite=overwrite)
 
-    def train(self, family="sd15", dataset=None, *, name="my_dog", progress=None, overwrite=False, **settings):
+    def train(
+        self, family="sd15", dataset=None, *, name="my_dog", progress=None, overwrite=False, stopping=None, **settings
+    ):
         """Train with the small settings above, changed by ``settings``."""
         return train.train(
             DCOConfig(**SETTINGS | settings),
@@ -159,6 +161,7 @@ class Workplace:
             self.place(name, overwrite=overwrite),
             device=CPU,
             progress=progress,
+            stopping=stopping,
         )
 
 
