@@ -30,6 +30,7 @@ MAY_IMPORT = {
 # Extras: imported inside a function, so that their absence disables one feature and nothing else.
 ONLY_INSIDE_A_FUNCTION = {
     "insightface": {"models/faces.py"},
+    "onnxruntime": {"models/faces.py"},  # comes with insightface
     "bitsandbytes": {"trainers/"},
     "prodigyopt": {"trainers/"},
 }
