@@ -24,6 +24,7 @@ COMFYUI_REPOSITORY, COMFYUI_RELEASE = "https://github.com/comfyanonymous/ComfyUI
 CLONE_SECONDS = 30
 MINIMUM = (3, 11)
 STAMP = "personalize-installed.txt"
+FACE_NEEDS = ("onnx", "onnxruntime", "opencv-python-headless", "requests", "scikit-image", "scipy", "tqdm")
 TORCH_FAMILY = re.compile(r"^(torch|torchvision|torchaudio)\b(?!-)", re.IGNORECASE)
 
 
@@ -127,6 +128,18 @@ def install(venv: Path, host: Path | None) -> None:
         subprocess.run([*pip, *arguments], check=True)
     # Only the merges file inside it is read, so what it would need to be imported stays away.
     subprocess.run([*pip, "--no-deps", "open_clip_torch"], check=True)
+    install_faces(pip)
+
+
+def install_faces(pip: list[str]) -> None:
+    """Install what the extra "face" needs, as wheels; where there are none, the tests of faces are skipped.
+
+    Its own choice of OpenCV needs a desktop's libraries, the headless one has the same functions.
+    """
+    binary = [*pip, "--only-binary", ":all:"]
+    commands = [*binary, *FACE_NEEDS], [*binary, "--no-deps", "insightface"]
+    if any(subprocess.run(command, check=False).returncode for command in commands):
+        print("insightface could not be installed: going on without the tests of faces.", flush=True)
 
 
 def host_requirements(host: Path) -> str:

@@ -69,6 +69,21 @@ def test_it_refuses_in_one_sentence_and_leaves_no_stamp(wrong, sentence, setup, 
     assert not (venv / setup.STAMP).exists()
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_faces_are_an_extra_that_may_be_missing(status, setup, monkeypatch, capsys):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(setup.subprocess, "run", run)
+    setup.install_faces(["pip", "install"])
+    assert all("--only-binary" in command for command in commands)  # never a compiler
+    assert not any("opencv-python" in command for command in commands)
+    assert ("going on without" in capsys.readouterr().out) == bool(status)
+
+
 @pytest.fixture
 def repository(setup, tmp_path, monkeypatch):
     """A small repository with the wanted release stands for upstream, and a folder of its own for the project."""
