@@ -6,6 +6,7 @@ from .convert_lookahead import ConvertLookaheadCheckpoint
 from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
 from .export_lora import ExportLoRA
+from .faces import FaceCropAndAlign
 from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveIdentity
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
 from .perfusion import (
@@ -22,6 +23,7 @@ from .training_base import LoadTrainingBase, StopDVAR, StopFixed
 NODES: list[type[io.ComfyNode]] = [
     TrainingPicture,
     PersonalizationDataset,
+    FaceCropAndAlign,
     LoadTrainingBase,
     StopFixed,
     StopDVAR,
