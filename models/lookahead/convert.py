@@ -128,3 +128,9 @@ def _check_shapes(checkpoint: AuthorsCheckpoint, base: Mapping[str, Tensor]) -> 
             f"{checkpoint.name}: its UNet and the base model's differ in {len(different)} weights' names or shapes"
             f"{example(different)}; choose the SDXL checkpoint that the encoder was trained on, or none"
         )
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            raise IncompatibleModelError(
+                f"{checkpoint.name}: the base model's {name} is {str(tensor.dtype).removeprefix('torch.')}; compare "
+                "with a checkpoint in ordinary floating point, or with none"
+            )

@@ -56,12 +56,12 @@ class LookaheadEncoder:
                 f"{self.name}: made for {len(self.adapter)} transformer blocks, this model has {len(blocks)}"
                 f"{example(blocks ^ self.adapter.keys())}; use an SDXL model, and an encoder made for it"
             )
-        wanted = {f"{block}.attn2.to_k": k.shape[:1] for block, (k, _) in self.adapter.items()}
+        wanted = {f"{block}.attn2.to_k": k.shape for block, (k, _) in self.adapter.items()}
         wanted |= {module: matrix_shape(delta) for module, delta in self.lora.items()}
         for block, pair in self.copies.items():
             wanted |= {f"{block}.attn1.to_k": matrix_shape(copy) for copy in pair if copy is not None}
         for module, shape in wanted.items():
-            if tuple(shapes.get(module, ()))[: len(shape)] != tuple(shape):
+            if tuple(shapes.get(module, ())) != tuple(shape):
                 raise IncompatibleModelError(
                     f"{self.name}: made for a model whose {module} is {_said(shape)}, this model has "
                     f"{_said(shapes.get(module))}; use an SDXL model, and an encoder made for it"

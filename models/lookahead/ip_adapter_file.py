@@ -51,12 +51,13 @@ def slim_names(tensors: Mapping[str, Tensor], name: str, blocks: Sequence[str] |
                 "file for SDXL, FaceID files are of another kind"
             )
     count = max(layers, default=0) // 2 + 1
-    incomplete = [number for number in range(1, 2 * count, 2) if len(layers.get(number, ())) != 2]
-    if incomplete or len(layers) != count:
-        raise FormatError(
-            f"{name}: layer {min(incomplete, default=0)} of the adapter is incomplete; expected to_k_ip and to_v_ip of "
-            "every odd number, download the file again"
-        )
+    expected = range(1, 2 * count, 2)
+    for number in sorted({*layers, *expected}):
+        if number not in expected or len(layers.get(number, ())) != 2:
+            raise FormatError(
+                f"{name}: layer {number} of the adapter is incomplete; expected to_k_ip and to_v_ip of every odd "
+                "number, download the file again"
+            )
     blocks = SDXL_BLOCKS if blocks is None else blocks
     if len(blocks) != count:
         raise IncompatibleModelError(
