@@ -197,3 +197,13 @@ def test_names_are_read_by_people():
     assert results.listed(["zib"]) == "zib"
     assert results.listed(["zib", "mok"]) == "zib and mok"
     assert WORD in Prompt("at night").naming(WORD)
+
+
+def test_the_committed_report_explains_what_did_not_reproduce():
+    page = (Path(__file__).resolve().parent / "results.md").read_text(encoding="utf-8")
+    claims = [line for line in page.splitlines() if line.startswith("- ") and "**" in line]
+    assert len(claims) == 5 and sum("**reproduces**" in line for line in claims) == 3
+    for line in claims:
+        assert line.endswith(").") == ("**reproduces**" in line), line
+    assert results.UNEXPLAINED not in page
+    assert all(f"{text}: **" in page for text in results.EXPLANATIONS)
