@@ -1,5 +1,6 @@
 """The tiny weights that several cases share."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -81,11 +82,18 @@ def recorded_pass(case):
 
 
 @pytest.fixture
-def use_freeu(tiny_unet):
+def freeu(tiny_unet):
     """FreeU as the authors apply it: b1 and s1 never act, because they take the first level's index for none."""
 
-    def use(settings: dict) -> None:
-        for name, value in settings.items():
-            setattr(tiny_unet.up_blocks[1], name, value)
+    @contextmanager
+    def during(settings: dict):
+        level = tiny_unet.up_blocks[1]
+        try:
+            for name, value in settings.items():
+                setattr(level, name, value)
+            yield
+        finally:
+            for name in settings:
+                delattr(level, name)
 
-    return use
+    return during

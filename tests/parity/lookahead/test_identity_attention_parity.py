@@ -59,17 +59,17 @@ def test_keys_and_values_of_the_encoder(case, encode):
 
 
 @pytest.mark.golden("lookahead", "03_decoder")
-def test_decoder(case, encode, decode, use_freeu):
+def test_decoder(case, encode, decode, freeu):
     reference, adapter = encode()
     scale = case.config["adapter_attention_scale"]
     for name, shared in (("kv", reference), ("dropped", None)):
         case.check(name, decode(reference=shared, adapter=adapter))
         case.check(f"{name}_scaled", decode(reference=shared, adapter=adapter, adapter_scale=scale))
         case.check(f"{name}_scale0", decode(reference=shared, adapter=adapter, adapter_scale=0.0))
-    use_freeu(case.config["freeu"])
-    case.check("freeu_kv", decode(reference=reference, adapter=adapter))
-    use_freeu(case.config["freeu"] | {"b1": 1.4, "s1": 0.5})
-    case.check("freeu_b1_s1_ignored", decode(reference=reference, adapter=adapter))
+    with freeu(case.config["freeu"]):
+        case.check("freeu_kv", decode(reference=reference, adapter=adapter))
+    with freeu(case.config["freeu"] | {"b1": 1.4, "s1": 0.5}):
+        case.check("freeu_b1_s1_ignored", decode(reference=reference, adapter=adapter))
 
 
 @pytest.mark.golden("lookahead", "03b_*")
