@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from scenes import BACKGROUNDS, SHAPES, STYLES, Scene, Shape, colours_on
 from scorer import degraded, load_autoencoder, mixed, reconstructions
 from torch import Tensor
-from training import Plan, fit, in_processes, rank, world_size
+from training import Plan, device, fit, in_processes, rank, world_size
 from transformers import CLIPConfig, CLIPModel
 
 from comfyui_personalize.trainers.tokenizer import load_tokenizer
@@ -163,8 +163,8 @@ def _train_clip(work: Path, plan: Plan = PLAN, rebuilt: int = REBUILT) -> None:
         which = torch.randint(examples.ids.shape[1], (count,), generator=generator)
         ids = examples.ids[chosen, which].long()
         same = (ids[:, None] == ids[None]).all(-1).float()
-        image, text = embed_pictures(model, preprocess(pixels)), embed_texts(model, ids)
-        return contrastive_loss(image, text, model.logit_scale, same)
+        image, text = embed_pictures(model, preprocess(pixels).to(device())), embed_texts(model, ids.to(device()))
+        return contrastive_loss(image, text, model.logit_scale, same.to(device()))
 
     tokenizer = load_tokenizer()
     fit("clip", model, plan, loss_of, work, lambda step: _written(measure(model, tokenizer, 256)), look_every=200)

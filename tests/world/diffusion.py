@@ -11,7 +11,7 @@ from autoencoder import NarrowAutoencoder
 from dataset import Examples, for_encoder, in_unit_range, padded_ids
 from PIL import Image
 from torch import Tensor, nn
-from training import Plan, fit, rank
+from training import Plan, device, fit, rank
 
 from comfyui_personalize.models.schedules import NoiseSchedule
 from comfyui_personalize.trainers.sampling import euler, sample
@@ -87,9 +87,12 @@ def train_text_to_image(
         timesteps = torch.randint(schedule.timesteps, (count,), generator=generator)
         noise = torch.randn(latents[chosen].shape, generator=generator)
         noisy = schedule.add_noise(latents[chosen], noise, timesteps)
-        predicted = denoiser(noisy, timesteps, denoiser.context(ids, examples.sizes[chosen]))
+        weights = schedule.min_snr_weights(timesteps, MIN_SNR)
+        batch = (noisy, timesteps, ids, examples.sizes[chosen], noise, weights)
+        noisy, timesteps, ids, sizes, noise, weights = (tensor.to(device()) for tensor in batch)
+        predicted = denoiser(noisy, timesteps, denoiser.context(ids, sizes))
         error = (predicted - noise).square().mean((1, 2, 3))
-        return (error * schedule.min_snr_weights(timesteps, MIN_SNR)).mean()
+        return (error * weights).mean()
 
     def look(step: int) -> str:
         pictures = sample_pictures(denoiser, autoencoder, unseen.ids, empty, seed=0)

@@ -23,7 +23,7 @@ from scenes import BACKGROUNDS, EYES, HAIR, HAIR_COLOURS, SKINS, STYLES, Identit
 from scorer import degraded, load_autoencoder, mixed, reconstructions
 from subjects import HELD_OUT_FACES, PEOPLE
 from torch import Tensor, nn
-from training import Plan, fit, in_processes, rank, world_size
+from training import Plan, device, fit, in_processes, rank, world_size
 
 FILE = "world_identity.safetensors"
 DIM = 64
@@ -213,8 +213,8 @@ def _train_identity(work: Path, plan: Plan = PLAN, people: int = IDENTITIES, uns
     def loss_of(count: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(drawn), (count,), generator=generator)
         pictures = moved(mixed(drawn[chosen], rebuilt[chosen], generator), generator)
-        embeddings = model.net.embed(degraded(pictures, generator))
-        return margin_loss(embeddings, model.person_embedding, labels[chosen])
+        embeddings = model.net.embed(degraded(pictures, generator).to(device()))
+        return margin_loss(embeddings, model.person_embedding, labels[chosen].to(device()))
 
     fit("identity", model, plan, loss_of, work, lambda step: _written(measure(model.net, 40)), look_every=200)
     if rank() == 0:

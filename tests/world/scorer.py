@@ -52,7 +52,7 @@ from scenes import (
 )
 from subjects import PEOPLE, SUBJECTS
 from torch import Tensor, nn
-from training import Plan, fit, in_processes, rank, world_size
+from training import Plan, device, fit, in_processes, rank, world_size
 from weights import path_of
 
 FILE = "world_scorer.safetensors"
@@ -497,7 +497,7 @@ def _train_scorer(work: Path, plan: Plan = PLAN, examples: int = EXAMPLES, unsee
     def loss_of(count: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(drawn), (count,), generator=generator)
         pictures = mixed(drawn[chosen], rebuilt[chosen], generator)
-        return scoring_loss(network(degraded(pictures, generator)), labels[chosen])
+        return scoring_loss(network(degraded(pictures, generator).to(device())), labels[chosen].to(device()))
 
     fit("scorer", network, plan, loss_of, work)
     if rank() == 0:

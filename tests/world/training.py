@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 SAVE_EVERY = 120.0
 """Seconds between saved states."""
+DEVICE_VARIABLE = "WORLD_DEVICE"
+"""Of the environment, which the processes of a training share."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Plan:
             return self.lr * (step + 1) / self.warm_up
         progress = (step / self.steps - self.flat) / (1 - self.flat)
         return self.lr * (0.505 + 0.495 * math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def device() -> torch.device:
+    """Where networks are trained; batches are drawn on the CPU, so that they are the same everywhere."""
+    return torch.device(os.environ.get(DEVICE_VARIABLE, "cpu"))
 
 
 def rank() -> int:
@@ -77,16 +84,17 @@ def fit(
     look: Callable[[int], str] | None = None,
     look_every: int = 500,
 ) -> None:
-    """Train ``module`` in place and leave the averaged weights in it.
+    """Train ``module`` in place on `device`, and leave it on the CPU with the averaged weights.
 
     A run that was stopped goes on from its last saved state; batches depend on seed and step alone.
 
     Args:
         name: of the state file in ``work`` and in the progress lines.
-        loss_of: (examples of this process, generator of this step and process) -> loss.
+        loss_of: (examples of this process, generator of this step and process) -> loss; brings its batch to `device`.
         look: called with the step every ``look_every`` steps, in evaluation with the averaged weights; its text
             is printed.
     """
+    module.to(device())
     named = dict(module.named_parameters())
     parameters = list(named.values())
     matrices = [parameter for key, parameter in named.items() if is_matrix(key, parameter)]
@@ -99,7 +107,7 @@ def fit(
     state_path = work / f"{name}.pt"
     first = 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, map_location=device(), weights_only=True)
         first = state["step"]
         module.load_state_dict(state["module"])
         average.weights = state["average"]
@@ -137,9 +145,12 @@ def fit(
             os.replace(state_path.with_suffix(".partial"), state_path)
         if look is not None and rank() == 0 and (done % look_every == 0 or done == plan.steps):
             with torch.no_grad(), swapped(parameters, average.weights):
+                module.to("cpu")
                 print(f"{name}: step {done}: {look(done)}", flush=True)
+                module.to(device())
     with torch.no_grad():
         torch._foreach_copy_(parameters, average.weights)
+    module.to("cpu")
 
 
 class swapped:  # noqa: N801 - reads as a verb where it is used
