@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import FormatError
@@ -16,7 +17,35 @@ from .concept_parts import OUTPUT, ConceptParts, checked_parts
 from .covariance import Covariance, checked
 
 _ENDING = ".target_output"
+# The superclass word is an entry of OmegaConf's, and through its parents drags the whole training config along.
+_CONFIG_CLASSES = (
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.nodes.AnyNode",
+    "typing.Any",
+    "collections.defaultdict",
+    "builtins.dict",
+    "builtins.list",
+    "builtins.int",
+)
 _FAMILIES = {768: SD15.name, 1024: SD21.name}
+
+
+class _Inert:
+    """Keeps what a pickle says of an object of some class, and runs nothing of that class."""
+
+    def __new__(cls, *_args: object) -> "_Inert":
+        return super().__new__(cls)
+
+
+def _stand_in(path: str) -> type[_Inert]:
+    module, name = path.rsplit(".", 1)
+    return type(name, (_Inert,), {"__module__": module, "__qualname__": name})
+
+
+_STAND_INS = [_stand_in(path) for path in _CONFIG_CLASSES]
 
 
 @dataclass(frozen=True)
@@ -37,7 +66,8 @@ def read_checkpoint(path: Path, trigger: str = "", layers_per_block: int = 2) ->
         trigger: word for the concept; by default the file's own name, since the files all say ``*``.
         layers_per_block: of the UNet, without which LDM's numbers for its layers mean nothing.
     """
-    contents = read_torch_file(path)
+    with torch.serialization.safe_globals(_STAND_INS):
+        contents = read_torch_file(path)
     name = path.name
     target_input, inverse = (_tensor(contents, key, name) for key in ("target_input", "C_inv"))
     covariance = checked(inverse, name)
@@ -71,10 +101,12 @@ def _word(embedding: Any, name: str) -> tuple[Tensor, str]:
     rows = _tensor(vectors, placeholder, name).detach().float()
     if rows.ndim != 2 or not rows.numel() or not rows.isfinite().all():
         raise _refusal(name, f"the word's embedding is {tuple(rows.shape)} or holds values that are no numbers")
-    words = embedding.get("initializer_words") or [""]
-    if not isinstance(words, list) or not isinstance(words[0], str):
-        raise _refusal(name, f"initializer_words is {words!r:.60}")
-    return rows, words[0]
+    words = embedding.get("initializer_words")
+    if isinstance(words, _Inert):
+        words = [getattr(node, "_val", None) for node in getattr(words, "_content", None) or []]
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise _refusal(name, "initializer_words is no list of words")
+    return rows, words[0] if words else ""
 
 
 def _tensor(entries: Mapping[str, Any], key: str, name: str) -> Tensor:
