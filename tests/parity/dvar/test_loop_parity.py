@@ -45,32 +45,3 @@ def test_the_loop_stops_at_the_recorded_step(case, tmp_path):
     case.check("normalized_var_last", torch.tensor(evaluated[-1]["dvar"], dtype=torch.float64))
     assert [loss for _, loss in result.evaluations] == losses
     assert [steps for steps, _ in result.evaluations] == [line["step"] - 1 for line in evaluated]
-
-
-@pytest.mark.golden("dvar", "var_early_stopper", "early_stop_loop", whole=False)
-def test_the_default_frequency_decides_within_one_window_of_every_step(case):
-    """Recorded curves, drawn out to the length of real runs, with the presets' windows in proportion."""
-    settings = case.config.get("series") or {"eval_losses": case.config}
-    for name, setting in settings.items():
-        losses = case.inputs[name]
-        for stretch in (10, 30):
-            steps = stretch * (len(losses) - 1) + 1
-            curve = torch.nn.functional.interpolate(losses[None, None], size=steps, mode="linear", align_corners=True)
-            curve, window = curve.flatten().tolist(), stretch * setting["window"]
-            reference = stopping_step(DVAR(window=window, eps=setting["eps"], every=1), curve, rows=1)
-            for rows in (1, 2, 4):
-                rule = DVAR(window=window, eps=setting["eps"])
-                found = stopping_step(rule, curve, rows=rows)
-                assert rule.frequency(rows) > 1 or rows == 4
-                assert abs(found - reference) <= window, (name, stretch, rows, found, reference)
-
-
-def stopping_step(rule, curve, *, rows):
-    """Step at which the rule stops a run whose objective follows the curve; one beyond its end if it does not."""
-    state = rule.start(rows)
-    for steps, loss in enumerate(curve):
-        if state.wants_evaluation(steps):
-            state.evaluated(steps, loss)
-        if state.stopped:
-            return steps + 1
-    return len(curve)

@@ -2,9 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from comfyui_personalize.models.dvar import EvaluationSettings
 from comfyui_personalize.models.errors import ConfigError, TrainingError
@@ -16,6 +18,7 @@ from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.stopping import DVAR, EVALUATION_SHARE, STEP_COST, FixedSteps
 
 CPU = torch.device("cpu")
+RECORDED = Path(__file__).parents[2] / "parity" / "data" / "dvar"
 
 
 class Pictures:
@@ -247,6 +250,40 @@ def test_the_default_frequency_keeps_evaluations_to_a_quarter_of_the_step_time(r
     rule = DVAR(evaluation=EvaluationSettings(batch_size=evaluated))
     assert evaluated / (rule.frequency(rows) * rows * STEP_COST) <= EVALUATION_SHARE
     assert rule.frequency(rows) == 1 or evaluated / ((rule.frequency(rows) - 1) * rows * STEP_COST) > EVALUATION_SHARE
+
+
+def recorded_curves():
+    """Name, losses, window and eps of each loss series recorded from the authors' code."""
+    for name in ("var_early_stopper", "early_stop_loop"):
+        with safe_open(RECORDED / f"{name}.safetensors", "pt") as file:
+            config = json.loads(file.metadata()["case"])["config"]
+            for series, setting in (config.get("series") or {"eval_losses": config}).items():
+                yield pytest.param(file.get_tensor(f"in.{series}"), setting["window"], setting["eps"], id=series)
+
+
+def stopping_step(rule, curve, *, rows):
+    """Step at which the rule stops a run whose objective follows the curve; its length if it does not."""
+    state = rule.start(rows)
+    for steps, loss in enumerate(curve):
+        if state.wants_evaluation(steps):
+            state.evaluated(steps, loss)
+        if state.stopped:
+            return steps + 1
+    return len(curve)
+
+
+@pytest.mark.parametrize("stretch", [10, 30])
+@pytest.mark.parametrize(("losses", "window", "eps"), list(recorded_curves()))
+def test_the_default_frequency_decides_within_one_window_of_every_step(losses, window, eps, stretch):
+    # Drawn out to the length of real runs, with the window in proportion.
+    steps, window = stretch * (len(losses) - 1) + 1, stretch * window
+    curve = torch.nn.functional.interpolate(losses[None, None], size=steps, mode="linear", align_corners=True)
+    curve = curve.flatten().tolist()
+    expected = stopping_step(DVAR(window=window, eps=eps, every=1), curve, rows=1)
+    for rows in (1, 2):
+        rule = DVAR(window=window, eps=eps)
+        assert rule.frequency(rows) > 1
+        assert abs(stopping_step(rule, curve, rows=rows) - expected) <= 2 * rule.frequency(rows) < window
 
 
 def test_a_window_keeps_enough_evaluations_and_a_given_frequency_is_kept():
