@@ -51,13 +51,13 @@ def _require_vision(clip_vision: ClipVisionModel, encoder: LookaheadEncoder) -> 
     if found != (wanted := encoder.resampler.picture_dim):
         kind = "no CLIP" if found is None else _vision(found)
         raise IncompatibleModelError(
-            f"{encoder.name}: needs the CLIP-Vision model {_vision(wanted)}, the one connected is {kind}; load another "
-            "file with Load CLIP Vision"
+            f"{encoder.name}: needs a CLIP-Vision model that is {_vision(wanted)}, the one connected is {kind}; load "
+            "another file with Load CLIP Vision"
         )
 
 
 def _vision(width: int) -> str:
-    return f"{VISION_NAMES.get(width, 'of another kind')} ({width} wide)"
+    return f"{VISION_NAMES[width]} ({width} wide)" if width in VISION_NAMES else f"{width} wide"
 
 
 def _require_picture_vae(vae) -> None:
@@ -75,7 +75,8 @@ def _colours(image: Tensor) -> Tensor:
     if not image.isfinite().all():
         raise ConfigError("the image has values that are no numbers; find the node that made them, or load another")
     image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(-1, -1, -1, 3)
-    return trim_long(image.movedim(-1, 1)).float().clamp(0, 1)
+    # Contiguous, as the host's own pictures are: the last bit of a convolution depends on the layout in memory.
+    return trim_long(image.contiguous().movedim(-1, 1)).float().clamp(0, 1)
 
 
 def _tokens(encoder: LookaheadEncoder, clip_vision: ClipVisionModel, shown: Tensor) -> IdentityTokens:

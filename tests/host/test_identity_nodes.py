@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import resource
 from types import SimpleNamespace
 
@@ -16,9 +17,12 @@ def tiny(load_helper):
 
 
 @pytest.fixture
-def nodes(comfy):
+def nodes(comfy, monkeypatch):
     from comfyui_personalize.nodes import identity
 
+    # What the host's executor gives.
+    given = SimpleNamespace(prompt={"1": {}}, extra_pnginfo={"workflow": {"nodes": []}})
+    monkeypatch.setattr(identity.SaveIdentity, "hidden", given)
     return identity
 
 
@@ -53,7 +57,7 @@ def person(comfy, nodes, tiny, folder):
 def pictures(count=1, height=64, width=64, seed=0):
     """Smooth colours in 0..1, (count, height, width, 3)."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear").movedim(1, -1)
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear").movedim(1, -1).contiguous()
 
 
 def tensors_of(identity):
@@ -119,12 +123,12 @@ def test_pictures_of_one_person_joined(person):
 
 @pytest.mark.parametrize(
     ("height", "width", "side", "latent"),
-    [(64, 64, 64, (8, 8)), (300, 200, 128, (24, 16)), (40, 40, 128, (16, 16)), (33, 1000, 64, (8, 16))],
+    [(64, 64, 64, (8, 8)), (300, 200, 192, (32, 16)), (40, 40, 128, (16, 16)), (33, 1000, 64, (8, 16))],
 )
 def test_the_reference_keeps_area_and_proportions(person, height, width, side, latent):
     identity = person.encode(pictures(1, height, width), side=side)
     assert identity.latents.shape == (1, 1, 4, *latent)
-    torch.testing.assert_close(identity.latents.mean(), person.encode(pictures()).latents.mean(), rtol=0, atol=0.4)
+    assert identity.tokens.cond.shape == (1, 4, 192)
 
 
 def test_without_a_vae_there_are_no_latents(person):
@@ -160,13 +164,13 @@ def test_pictures_that_are_none(person):
         person.encode(torch.full((1, 64, 64, 3), float("nan")))
 
 
-def test_another_image_encoder_is_refused(comfy, person, tmp_path):
+def test_another_image_encoder_is_refused(person):
     from comfyui_personalize.models.errors import IncompatibleModelError
 
     def refused(*parts, **given):
         with pytest.raises(IncompatibleModelError) as error:
             person.encode(pictures(), **given)
-        for part in ("needs the CLIP-Vision model", "load another file with Load CLIP Vision", *parts):
+        for part in ("needs a CLIP-Vision model that is", "load another file with Load CLIP Vision", *parts):
             assert part in str(error.value)
 
     vision = copy.copy(person.clip_vision)
@@ -174,10 +178,10 @@ def test_another_image_encoder_is_refused(comfy, person, tmp_path):
     refused("sdxl_encoder", "the one connected is no CLIP", clip_vision=vision)
     vision.model.vision_model = torch.nn.Module()
     vision.model.vision_model.post_layernorm = torch.nn.LayerNorm(1024)
-    refused("(64 wide)", "is ViT-L/14 (1024 wide)", clip_vision=vision)
+    refused("that is 64 wide", "connected is ViT-L/14 (1024 wide)", clip_vision=vision)
     encoder = copy.deepcopy(person.encoder)
     encoder.resampler.proj_in = torch.nn.Linear(1280, 64)
-    refused("needs the CLIP-Vision model ViT-H/14 (1280 wide)", "(64 wide)", encoder=encoder)
+    refused("that is ViT-H/14 (1280 wide)", "connected is 64 wide", encoder=encoder)
 
 
 def test_another_vae_is_refused(person):
@@ -199,6 +203,8 @@ def test_a_vae_that_overflows_is_named(person, monkeypatch):
 
 
 def test_an_identity_is_saved_and_loaded_bit_for_bit(nodes, person, folder):
+    from comfyui_personalize.models.formats import read_header
+
     for how, vae in (("average", person.vae), ("concat", None), ("one person each", person.vae)):
         identity = person.encode(pictures(2), how, vae=vae)
         (name,) = nodes.SaveIdentity.execute(identity, " my face ", overwrite=True).args
@@ -206,6 +212,8 @@ def test_an_identity_is_saved_and_loaded_bit_for_bit(nodes, person, folder):
         (again,) = nodes.LoadIdentity.execute(name).args
         assert same(again, identity)
         again.check_made_by(person.encoder.resampler, "the encoder")
+    about = read_header(folder("identities") / name).metadata
+    assert json.loads(about["workflow"]) == {"nodes": []} and json.loads(about["prompt"]) == {"1": {}}
 
 
 def test_a_saved_identity_is_replaced_only_when_told(nodes, person, folder):

@@ -85,4 +85,4 @@ def test_the_host_resizes_as_the_authors_do(load_case, path):
     assert error.max() < 1.5 * LEVEL and error.mean() < 0.5 * LEVEL
     tokens = identity_of(encoder, vision, image, "one person each", 64).tokens
     case.check("tokens_uncond", tokens.uncond)
-    torch.testing.assert_close(tokens.cond, case.expected["tokens_cond"], rtol=0, atol=0.02)
+    assert (tokens.cond - case.expected["tokens_cond"]).abs().mean() < 0.01 * tokens.cond.std()
