@@ -16,6 +16,8 @@ from .perfusion import (
     PerfusionEDMSchedule,
     PerfusionTextEncode,
 )
+from .preview_guidance import LookaheadPreviewGuidance
+from .preview_losses import ClipLossNode, IdentityLossNode, PictureLossNode
 from .prompts import PromptBatch
 from .train_dco import TrainDCO
 from .training_base import LoadTrainingBase, StopDVAR, StopFixed
@@ -40,6 +42,10 @@ NODES: list[type[io.ComfyNode]] = [
     LoadIdentity,
     LookaheadGuiderNode,
     KSamplerLookahead,
+    PictureLossNode,
+    ClipLossNode,
+    IdentityLossNode,
+    LookaheadPreviewGuidance,
     PromptBatch,
     LoadPerfusionConcept,
     ApplyPerfusion,

@@ -107,6 +107,18 @@ def _under_hooks(hooks: dict[nn.Module, dict[str, dict]], forward, *args, **kwar
             module.__dict__.update(tables)
 
 
+@contextmanager
+def keeping_inputs(network: nn.Module) -> Iterator[None]:
+    """Let the norms of a transformer of the host look at copies: its layers then add to the originals in place."""
+    norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm)]
+    handles = [norm.register_forward_pre_hook(lambda _norm, inputs: (inputs[0].clone(),)) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class DifferentiableCache(RunCache):
     """A run's cache for passes with a gradient: LoRA files, too, are read in inference mode."""
 

@@ -57,11 +57,11 @@ def embedding_loss(embed: Callable[[Tensor], Tensor], targets: Tensor) -> Previe
         embed: pictures (batch, 3, height, width) in -1..1 -> embeddings (batch, dim).
         targets: (targets, dim).
     """
-    directions = F.normalize(targets.float(), dim=-1)
 
     def loss(pictures: Tensor) -> Tensor:
         embedded = F.normalize(embed(pictures).float(), dim=-1)
-        return (1 - embedded @ directions.to(embedded.device).T).mean(1)
+        directions = F.normalize(targets.to(embedded), dim=-1)
+        return (1 - embedded @ directions.T).mean(1)
 
     return loss
 

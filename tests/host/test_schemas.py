@@ -20,6 +20,7 @@ HOST_LISTS = {
     "lora_name",
     "embedding_name",
     "encoder_name",
+    "face_network",
     "identity_name",
     "image",
 }
