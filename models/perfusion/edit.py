@@ -173,8 +173,10 @@ def edited_input(encodings: Tensor, scores: Scores, space: EditSpace) -> Tensor:
         encodings: x, (batch, tokens, dim), in any dtype.
         scores: of x, from EditSpace.measure.
     """
-    basis = space.basis.to(encodings.device)
-    return (encodings.float() - scores.components @ basis).to(encodings.dtype)
+    edited = encodings.float()
+    for index, row in enumerate(space.basis.to(edited.device)):
+        edited = torch.addcmul(edited, scores.components[..., index, None], row, value=-1)
+    return edited.to(encodings.dtype)
 
 
 def gated_outputs(scores: Scores, outputs: Sequence[Tensor]) -> Tensor:
