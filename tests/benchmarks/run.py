@@ -160,6 +160,20 @@ def lookahead_at_full_size(host: Path, base: Path) -> list[str]:
     return [*rows, f"| plain guidance | {work['plain']:.1f} | – | – |"]
 
 
+def perfusion(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) -> list[str]:
+    """Table rows: a step with concepts against the plain model's."""
+    import perfusion_step
+
+    comfy, make_concept = in_process(host, base), helper("host/concepts.py").make_concept
+    with torch.inference_mode():
+        found = perfusion_step.measure(comfy, checkpoint, make_concept, (1, 2, 4), side, rounds)
+    return [
+        f"| {count} | {pair.ours * 1e3:.1f} ms | {pair.theirs * 1e3:.1f} ms | **{1 / pair.ratio:.3f}** "
+        f"({1 / pair.spread[1]:.3f}–{1 / pair.spread[0]:.3f}) |"
+        for count, pair in found.items()
+    ]
+
+
 def import_time(host: Path, base: Path, starts: int) -> str:
     """The host's own "Import times" line for the extension, over several starts."""
     server, seconds = helper("host/server.py"), []
@@ -230,6 +244,12 @@ def main() -> None:
                 *lookahead_at_full_size(host, folder / "in-process"),
                 "",
                 "One UNet is resident where the authors have two.",
+                "",
+                "### Perfusion concepts, one denoising step, batch 1",
+                "",
+                "| concepts | with them | plain model | time ratio |",
+                "| --- | --- | --- | --- |",
+                *perfusion(checkpoint, host, folder / "in-process", side * 2, rounds * 2),
                 "",
                 "### Starting ComfyUI",
                 "",
