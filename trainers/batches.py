@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..models.schedules import offset_noise
-from .cache import LatentCache, LatentSample
+from .cache import LatentCache, LatentSample, stack_masks
 from .config import TrainConfig
 from .order import BatchOrder, Draw
 from .ranks import Ranks
@@ -25,6 +25,8 @@ class LatentBatch:
     """(rows,)."""
     time_ids: Tensor
     """(rows, 6), SDXL's size conditioning."""
+    masks: Tensor | None
+    """(rows, 1, height, width), 1 where the picture counts; None when no picture has a mask."""
 
 
 class LatentBatches:
@@ -62,6 +64,7 @@ class LatentBatches:
             torch.cat([noise for _, noise, _ in parts]),
             torch.cat([timesteps for _, _, timesteps in parts]),
             torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
+            stack_masks(samples),
         )
 
     def _rows(self, cache: LatentCache, indices: list[int]) -> tuple[list[LatentSample], Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Latents of every training picture, encoded once, so that the VAE can leave before training begins."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -14,6 +14,13 @@ from .pictures import Crop, Cut
 from .progress import Cancelled, Progress, SilentProgress
 
 SizeConditioning = Literal["square", "true"]
+ShrinkMask = Callable[[Tensor, tuple[int, int], str], Tensor]
+"""Mask (1, height, width) of a cut in pixels, the latents' (height, width), the picture's name -> mask of that size."""
+
+
+def average_cells(mask: Tensor, size: tuple[int, int], _name: str) -> Tensor:
+    """A mask averaged over the pixels of each latent cell, which keeps its total weight."""
+    return F.interpolate(mask.unsqueeze(0), size=size, mode="area")[0]
 
 
 class MomentsEncoder(Protocol):
@@ -54,7 +61,6 @@ class _Variant:
 class LatentCache:
     """Posterior moments of every example, in one or several cuts each, in float32 on the CPU.
 
-    Masks are averaged over the pixels of each latent cell ("area"), which keeps their total weight.
     When some examples have a mask, those without count as a whole.
     """
 
@@ -74,6 +80,7 @@ class LatentCache:
         flip: bool = False,
         seed: int = 0,
         size_conditioning: SizeConditioning = "square",
+        shrink_mask: ShrinkMask = average_cells,
         progress: Progress | None = None,
     ) -> Self:
         """Encode every example, one cut at a time, so that memory does not depend on how many there are.
@@ -85,6 +92,7 @@ class LatentCache:
             seed: of the random cuts, which are the same for the same seed, on every process.
             size_conditioning: "square" tells SDXL that every picture has the training size and is uncut,
                 as the authors of DCO do; "true" tells it the picture's own size and the cut's position.
+            shrink_mask: how masks come to the size of latents.
             progress: told after each picture, and asked before each cut whether to stop.
 
         Raises:
@@ -111,7 +119,7 @@ class LatentCache:
                     cut = opened.cut(size, crop=crop, flip=mirrored, generator=generator)
                     place = cut.crop_top_left, mirrored
                     if place not in encoded:  # a square picture has but one cut, however often it is drawn
-                        encoded[place] = _encode(cut, vae, example.picture.name, size_conditioning)
+                        encoded[place] = _encode(cut, vae, example.picture.name, size_conditioning, shrink_mask)
                     cuts.append(encoded[place])
             cached.append(cuts)
             progress.report(done, len(examples), f"encoding pictures: {example.picture.name}")
@@ -133,6 +141,11 @@ class LatentCache:
         """SDXL's size conditioning of the examples' first cuts, (examples, 6)."""
         return torch.tensor([self._variants[index][0].time_ids for index in indices], dtype=torch.float32)
 
+    def masks(self, indices: Sequence[int]) -> Tensor | None:
+        """Masks of the examples' first cuts, (examples, 1, height, width); None when no picture has one."""
+        firsts = [self._variants[index][0] for index in indices]
+        return stack_masks(firsts) if self.has_masks else None
+
     def sample(self, index: int, generator: torch.Generator) -> LatentSample:
         """Draw a cut of example ``index`` and, from its posterior, latents: mean + std · ε.
 
@@ -149,19 +162,21 @@ class LatentCache:
         return LatentSample(variant.mean + variant.std * noise, mask, variant.time_ids)
 
 
-def stack_masks(samples: Sequence[LatentSample]) -> Tensor | None:
+def stack_masks(samples: Sequence["LatentSample | _Variant"]) -> Tensor | None:
     """Masks of a batch as (batch, 1, height, width), ones where there is none; None when none has one.
 
     Batches that mix two caches, instance and class pictures, may have masks in only one of them.
     """
     if all(sample.mask is None for sample in samples):
         return None
-    ones = torch.ones(1, *samples[0].latents.shape[-2:])
+    ones = torch.ones_like(next(sample.mask for sample in samples if sample.mask is not None))
     return torch.stack([ones if sample.mask is None else sample.mask for sample in samples])
 
 
 @torch.no_grad()
-def _encode(cut: Cut, vae: MomentsEncoder, name: str, size_conditioning: SizeConditioning) -> _Variant:
+def _encode(
+    cut: Cut, vae: MomentsEncoder, name: str, size_conditioning: SizeConditioning, shrink_mask: ShrinkMask
+) -> _Variant:
     mean, std = vae.encode_moments(cut.pixels.unsqueeze(0))
     mean = mean[0].detach().to("cpu", torch.float32)
     std = torch.zeros_like(mean) if std is None else std[0].detach().to("cpu", torch.float32)
@@ -171,7 +186,7 @@ def _encode(cut: Cut, vae: MomentsEncoder, name: str, size_conditioning: SizeCon
         )
     mask = None
     if cut.mask is not None:
-        mask = F.interpolate(cut.mask.unsqueeze(0), size=mean.shape[-2:], mode="area")[0]
+        mask = shrink_mask(cut.mask, tuple(mean.shape[-2:]), name)
     height, width = cut.pixels.shape[-2:]
     if size_conditioning == "true":
         time_ids = (*cut.original_size, *cut.crop_top_left, height, width)

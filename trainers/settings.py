@@ -70,14 +70,16 @@ class OutputSettings:
     name: str
     """Name of the files, without ending."""
     folder: Path = Path("output")
-    """Receives the LoRA, the embedding files and a folder with log, previews and training states."""
+    """Receives what was trained and a folder with log, previews and training states."""
     overwrite: bool = False
     """Replace files of the same name."""
+
+    kind = "loras"  # no setting: the sub-folder for what the recipe trains
 
     def place(self) -> OutputPlace:
         folder, name = self.folder, safe_name(self.name)
         return OutputPlace(
-            name, folder / "loras", folder / "embeddings", folder / "runs" / name, overwrite=self.overwrite
+            name, folder / self.kind, folder / "embeddings", folder / "runs" / name, overwrite=self.overwrite
         )
 
 

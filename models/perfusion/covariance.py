@@ -83,6 +83,17 @@ class CovarianceEstimate:
         self.captions += len(encodings)
         self.tokens += len(rows)
 
+    def state(self) -> tuple[Tensor, dict[str, int]]:
+        """The sum so far, (dim, dim), and how many captions and tokens are in it; to be continued by ``restore``."""
+        return self._sum, {"captions": self.captions, "tokens": self.tokens}
+
+    def restore(self, total: Tensor, counts: Mapping[str, int]) -> None:
+        """Go on from ``state``; ConfigError for a sum of another width."""
+        if total.shape != self._sum.shape:
+            raise ConfigError(f"a sum of the shape {tuple(total.shape)} is none of width {len(self._sum)}; start anew")
+        self._sum = total.to("cpu", torch.float64, copy=True)
+        self.captions, self.tokens = counts["captions"], counts["tokens"]
+
     def matrix(self) -> Tensor:
         """C, (dim, dim), float64."""
         if not self.captions:

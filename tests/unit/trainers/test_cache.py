@@ -184,3 +184,27 @@ def test_cached_tensors_can_be_trained_on_when_made_in_inference_mode():
     weight = torch.ones_like(latents, requires_grad=True)
     (weight * latents).sum().backward()
     assert torch.equal(weight.grad, latents)
+
+
+def test_masks_are_shrunk_as_asked_and_flipped_with_their_pictures():
+    mask = torch.zeros(16, 16)
+    mask[:, :8] = 0.5
+    asked = []
+
+    def shrink(pixels, size, name):
+        asked.append((tuple(pixels.shape), size, name))
+        return pixels[:, ::8, ::8] * 2
+
+    examples = pictures((16, 16), (16, 16), masks=[mask, None])
+    cache = LatentCache.build(examples, BlockVAE(), size=16, flip=True, shrink_mask=shrink)
+    assert asked == [((1, 16, 16), (2, 2), "image 1")] * 2
+    expected = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    draws, both = generator(), set()
+    for _ in range(16):
+        found = cache.sample(0, draws).mask
+        both.add(tuple(found[0, 0].round().tolist()))
+        torch.testing.assert_close(found.flip(-1) if found[0, 0, 1] > 0.5 else found, expected, rtol=0, atol=0.01)
+    assert both == {(1.0, 0.0), (0.0, 1.0)}
+    first = cache.masks([1, 0])
+    assert torch.equal(first[0], torch.ones(1, 2, 2)) and torch.equal(first[1], cache.masks([0])[0])
+    assert LatentCache.build(pictures((16, 16)), BlockVAE(), size=16).masks([0]) is None
