@@ -1,12 +1,14 @@
-"""The loss curve as a picture, drawn with Pillow alone."""
+"""The loss curve and the scores of pictures, drawn with Pillow alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
 _INK, _FAINT, _RAW, _SMOOTH, _PAPER = (40, 44, 52), (222, 225, 230), (168, 196, 230), (21, 101, 192), (255, 255, 255)
 _EVALUATED = (230, 120, 20)
+_SERIES = (_SMOOTH, _EVALUATED, (46, 125, 50), (142, 36, 170))
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 20, 44, 52
 
 
@@ -48,33 +50,86 @@ def loss_curve(
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
     # A loss that cannot be negative should not be drawn on an axis that goes below zero.
     low, high = low - margin if low < 0 else max(low - margin, 0.0), high + margin
-    right, bottom = width - _RIGHT, height - _BOTTOM
-
-    def point(step: int, value: float) -> tuple[float, float]:
-        x = _LEFT + (right - _LEFT) * (step / max(len(losses) - 1, 1))
-        level = (min(max(value, low), high) - low) / (high - low) if math.isfinite(value) else 1.0
-        return x, bottom - (bottom - _TOP) * level
-
-    for line in range(5):
-        value = low + (high - low) * line / 4
-        y = point(0, value)[1]
-        draw.line((_LEFT, y, right, y), fill=_FAINT)
-        draw.text((_LEFT - 8, y), f"{value:.3g}", fill=_INK, font=small, anchor="rm")
-        step = round((len(losses) - 1) * line / 4)
-        draw.text((point(step, low)[0], bottom + 8), str(step + 1), fill=_INK, font=small, anchor="ma")
-    draw.text(((_LEFT + right) / 2, height - 8), "optimizer step", fill=_INK, font=small, anchor="ms")
+    axes = _Axes(low, high, len(losses), width - _RIGHT, height - _BOTTOM)
+    axes.draw(draw, "optimizer step", small)
     for values, colour, thickness in (
         (losses, _RAW, 1),
         (smoothed(losses, max(len(losses) // 20, min(5, len(losses)))), _SMOOTH, 3),
     ):
-        points = [point(step, value) for step, value in enumerate(values)]
+        points = [axes.point(step, value) for step, value in enumerate(values)]
         if len(points) == 1:
             x, y = points[0]
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
         else:
             draw.line(points, fill=colour, width=thickness, joint="curve")
     if evaluations:
-        points = [point(max(steps - 1, 0), loss) for steps, loss in evaluations]
+        points = [axes.point(max(steps - 1, 0), loss) for steps, loss in evaluations]
         draw.line(points, fill=_EVALUATED, width=3, joint="curve")
-        draw.text((right, 12), "evaluation", fill=_EVALUATED, font=text, anchor="ra")
+        draw.text((axes.right, 12), "evaluation", fill=_EVALUATED, font=text, anchor="ra")
     return image
+
+
+def score_chart(
+    series: Mapping[str, Sequence[float | None]], *, title: str = "Scores", width: int = 768, height: int = 432
+) -> Image.Image:
+    """A point for each picture and score, a line at the mean of each score, and the means in the heading.
+
+    Args: series: name of a score -> its values, one per picture, None where there is none; at most four.
+    """
+    image = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(image)
+    text, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    draw.text((_LEFT, 12), title, fill=_INK, font=text)
+    found = {name: [value for value in values if value is not None] for name, values in series.items()}
+    everything = [value for values in found.values() for value in values]
+    if not everything:
+        draw.text((_LEFT, height // 2), "nothing measured", fill=_INK, font=text)
+        return image
+    low, high = min(*everything, 0.0), max(*everything, 1.0)
+    columns = max(len(values) for values in series.values())
+    axes = _Axes(low, high, columns, width - _RIGHT, height - _BOTTOM)
+    axes.draw(draw, "image", small)
+    edge = axes.right
+    for colour, (name, values) in reversed(list(zip(_SERIES, series.items()))):
+        if not found[name]:
+            continue
+        mean = sum(found[name]) / len(found[name])
+        draw.line((axes.point(0, mean), (axes.right, axes.point(0, mean)[1])), fill=colour)
+        for column, value in enumerate(values):
+            if value is not None:
+                x, y = axes.point(column, value)
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        heading = f"{name} {mean:.3f}"
+        draw.text((edge, 12), heading, fill=colour, font=text, anchor="ra")
+        edge -= draw.textlength(heading, font=text) + 18
+    return image
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Where steps and values lie in a picture."""
+
+    low: float
+    high: float
+    columns: int
+    right: int
+    bottom: int
+
+    def point(self, column: int, value: float) -> tuple[float, float]:
+        x = _LEFT + (self.right - _LEFT) * (column / max(self.columns - 1, 1))
+        level = (
+            (min(max(value, self.low), self.high) - self.low) / (self.high - self.low) if math.isfinite(value) else 1.0
+        )
+        return x, self.bottom - (self.bottom - _TOP) * level
+
+    def draw(self, draw: ImageDraw.ImageDraw, label: str, font: ImageFont.FreeTypeFont) -> None:
+        """Lines at five values, five numbers of columns, and what the columns are."""
+        for line in range(5):
+            value = self.low + (self.high - self.low) * line / 4
+            y = self.point(0, value)[1]
+            draw.line((_LEFT, y, self.right, y), fill=_FAINT)
+            draw.text((_LEFT - 8, y), f"{value:.3g}", fill=_INK, font=font, anchor="rm")
+            column = round((self.columns - 1) * line / 4)
+            place = (self.point(column, self.low)[0], self.bottom + 8)
+            draw.text(place, str(column + 1), fill=_INK, font=font, anchor="ma")
+        draw.text(((_LEFT + self.right) / 2, self.bottom + _BOTTOM - 8), label, fill=_INK, font=font, anchor="ms")

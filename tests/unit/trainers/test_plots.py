@@ -1,10 +1,10 @@
-"""The loss curve: what is drawn can be found again by its colour."""
+"""The loss curve and the scores: what is drawn can be found again by its colour."""
 
 import math
 
 import pytest
 
-from comfyui_personalize.trainers.plots import loss_curve
+from comfyui_personalize.trainers.plots import loss_curve, score_chart
 
 ORANGE = (230, 120, 20)
 BLUE = (21, 101, 192)
@@ -36,3 +36,24 @@ def test_evaluations_above_all_losses_stay_in_the_picture():
 @pytest.mark.parametrize("losses", [[], [1.0], [0.5] * 9, [1.0, math.nan, 2.0]])
 def test_odd_histories_are_drawn_too(losses):
     assert loss_curve(losses, [(0, 0.7)] if losses else ()).size == (768, 432)
+
+
+def test_scores_are_points_above_their_images_and_a_line_at_their_mean():
+    image = score_chart({"CLIP-I": [0.2, 0.8, 0.5], "face": [None, 0.0, None]})
+    height, bottom = 432 - 52 - 44, 432 - 52
+    for column, value in enumerate([0.2, 0.8, 0.5]):
+        x, y = 78 + (768 - 20 - 78) * column / 2, bottom - height * value
+        assert image.getpixel((min(round(x), 767), round(y))) == BLUE
+    assert image.getpixel((250, round(bottom - height * 0.5))) == BLUE  # between the points
+    assert image.getpixel((413, bottom)) == ORANGE
+    assert not [x for x, y in places(image, ORANGE) if y < bottom - 5]
+
+
+def test_scores_below_zero_stay_in_the_picture():
+    lowest = max(y for _, y in places(score_chart({"CLIP-T": [-0.5, 0.1]}), BLUE))
+    assert lowest == pytest.approx(432 - 52, abs=5)
+
+
+@pytest.mark.parametrize("series", [{}, {"face": []}, {"face": [None, None]}, {"DINO": [0.4]}, {"DINO": [0.4] * 500}])
+def test_odd_scores_are_drawn_too(series):
+    assert score_chart(series).size == (768, 432)
