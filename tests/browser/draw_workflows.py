@@ -12,6 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import layouts_dco
+import layouts_lookahead
+
 TESTS = Path(__file__).resolve().parents[1]
 WORKFLOWS = TESTS.parent / "workflows"
 GAP = 35  # between nodes of a column, and between columns
@@ -28,8 +31,23 @@ SIZES = {
     "PersonalizeLoadDCOLoRA": (340, 0),
     "PersonalizeRewardGuider": (340, 0),
     "PersonalizeKSamplerRewardGuidance": (340, 640),
+    "PersonalizeLoadLookaheadEncoder": (340, 0),
+    "PersonalizeEncodeIdentity": (340, 0),
+    "PersonalizeSaveIdentity": (340, 0),
+    "PersonalizeLoadIdentity": (340, 0),
+    "PersonalizeLookaheadGuider": (340, 0),
+    "PersonalizeKSamplerLookahead": (360, 960),
+    "PersonalizePromptBatch": (360, 180),
+    "PersonalizePreviewLossCLIP": (340, 200),
+    "PersonalizeLookaheadPreviewGuidance": (340, 0),
     "CheckpointLoaderSimple": (340, 0),
+    "CLIPVisionLoader": (340, 0),
+    "LoadImage": (340, 380),
+    "FreeU": (340, 0),
+    "ModelSamplingDiscrete": (340, 0),
     "CLIPTextEncode": (360, 120),
+    "ConditioningZeroOut": (360, 0),
+    "CFGGuider": (340, 0),
     "RandomNoise": (340, 0),
     "KSamplerSelect": (340, 0),
     "BasicScheduler": (340, 0),
@@ -38,69 +56,19 @@ SIZES = {
     "VAEDecode": (420, 0),
     "SaveImage": (420, 335),
 }
-COLOURS = {"Personalized prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533")}
-
-NOTE_SIZES = {
-    "dco_train_subject": (420, 215),
-    "dco_train_style": (420, 215),
-    "dco_reward_guidance": (340, 180),
-    "dco_subject_in_style": (340, 130),
-}
-NOTES = {
-    "dco_train_subject": """**Teach the model your subject**
-
-1. Drop 3 to 10 pictures on the Training Picture nodes. Copy a node for more, delete one for fewer.
-2. Describe each picture completely, background and style too, with `<dog>` where the subject is named. \
-Below it, the same in ordinary words.
-3. Choose your checkpoint and press Run.
-
-The LoRA goes to *models/loras*, the new word to *models/embeddings*, both as *my_dog*. \
-Press R, then open the template *dco_reward_guidance*.""",
-    "dco_train_style": """**Teach the model a style**
-
-1. Drop one picture in the style that you like.
-2. Describe what it shows, and end with a name for the style, such as \
-`in flat cartoon illustration style`. No new word is learned.
-3. Choose your checkpoint and press Run.
-
-The LoRA goes to *models/loras* as *my_style*. Press R, then name the style in your prompts in the same words.""",
-    "dco_reward_guidance": """**Your subject, anywhere**
-
-1. Choose the checkpoint that you trained on, and your LoRA.
-2. Write the prompt twice: with your word `<dog>`, and in ordinary words.
-3. *reward_scale* sets how close the picture comes to the subject, *text_scale* how close to the prompt.""",
-    "dco_subject_in_style": """**Your subject in your style**
-
-1. Choose the checkpoint, the LoRA of the subject, and after it the LoRA of the style.
-2. *reward_scale* is the strength of the subject, *reward_scale_2* that of the style.""",
+GREEN, RED = ("#232", "#353"), ("#322", "#533")
+COLOURS = {
+    "Personalized prompt": GREEN,
+    "Prompt": GREEN,
+    "Prompts, one style a line": GREEN,
+    "Negative prompt": RED,
+    "Negative prompt: none": RED,
 }
 
-# Groups from left to right; each is a list of columns, each column node ids from top to bottom. NOTE is the note.
-NOTE = 0
-LAYOUTS: dict[str, list[tuple[str, list[list[int]]]]] = {
-    "dco_train_subject": [
-        ("Pictures and base model", [[1, 4], [2, 5], [3, 6, 7]]),
-        ("Training", [[8]]),
-        ("Result", [[10, 9, NOTE]]),
-    ],
-    "dco_train_style": [
-        ("Pictures and base model", [[1, 2, 3]]),
-        ("Training", [[4]]),
-        ("Result", [[6, 5, NOTE]]),
-    ],
-    "dco_reward_guidance": [
-        ("Model", [[1, 2, NOTE]]),
-        ("Prompts", [[3, 4, 5]]),
-        ("Sampling", [[6, 7, 8, 9, 10]]),
-        ("Result", [[11, 12, 13]]),
-    ],
-    "dco_subject_in_style": [
-        ("Model", [[1, 2, 3, NOTE]]),
-        ("Prompts", [[4, 5, 6, 7]]),
-        ("Sampling", [[8, 9]]),
-        ("Result", [[10, 11]]),
-    ],
-}
+# Groups from left to right; each is a list of columns, each column node ids from top to bottom. 0 is the note.
+LAYOUTS = layouts_dco.LAYOUTS | layouts_lookahead.LAYOUTS
+NOTES = layouts_dco.NOTES | layouts_lookahead.NOTES
+NOTE_SIZES = layouts_dco.NOTE_SIZES | layouts_lookahead.NOTE_SIZES
 
 ARRANGE = """({groups, sizes, colours, gaps, note}) => {
     const [gap, groupGap, title, groupTitle] = gaps;

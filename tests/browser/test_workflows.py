@@ -5,7 +5,26 @@ import itertools
 import pytest
 from PIL import Image
 
-NAMES = ("dco_reward_guidance", "dco_subject_in_style", "dco_train_style", "dco_train_subject")
+NAMES = (
+    "dco_reward_guidance",
+    "dco_subject_in_style",
+    "dco_train_style",
+    "dco_train_subject",
+    "lookahead_face_to_portrait",
+    "lookahead_fast_portrait",
+    "lookahead_few_steps",
+    "lookahead_preview_guidance",
+    "lookahead_saved_identity",
+    "lookahead_style_grid",
+)
+STAND_INS = (
+    ("checkpoints", "sd_xl_base_1.0.safetensors"),
+    ("loras", "my_dog.safetensors"),
+    ("loras", "my_style.safetensors"),
+    ("identities", "my_face.safetensors"),
+)
+"""Kinds and names of files that are only chosen from lists."""
+FILES_TO_CHOOSE = {"ckpt_name", "lora_name", "encoder_name", "clip_name", "identity_name", "image"}
 EXTENSION = "comfyui-personalize"
 BOXES = """() => app.graph._nodes.map(node => ({
     title: node.title,
@@ -17,6 +36,8 @@ PUT = """changes => { for (const node of app.graph._nodes) for (const widget of 
     const values = changes[node.type] ?? {};
     if (widget.name in values) widget.value = values[widget.name];
 } }"""
+PICTURED = """titles => titles.every(title =>
+    app.graph._nodes.some(node => node.title === title && node.imgs?.length))"""
 THUMBNAIL_SIDE = 480
 SHOWN_THUMBNAILS = f"""() => [...document.querySelectorAll("img")].filter(image =>
     image.complete && image.naturalWidth === {THUMBNAIL_SIDE} && image.getBoundingClientRect().width > 0).length"""
@@ -31,17 +52,14 @@ def shipped(load_helper):
 def files(comfy_server, shipped, tiny_checkpoint, load_helper):
     """Put files under the names that the workflows use into the host's folders."""
     models = comfy_server.base / "models"
-    for kind, name in (
-        ("checkpoints", "sd_xl_base_1.0.safetensors"),
-        ("loras", "my_dog.safetensors"),
-        ("loras", "my_style.safetensors"),
-    ):
+    for kind, name in STAND_INS:
         path = models / kind / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.symlink_to(tiny_checkpoint("sdxl"))
+    shipped.write_models(models, load_helper("tiny/lookahead.py"))
     with load_helper("host/client.py").Client(comfy_server.url) as client:
-        for name in shipped.TRAININGS:
+        for name in NAMES:
             shipped.upload_pictures(client, shipped.api(name))
 
 
@@ -93,7 +111,7 @@ def test_missing_files_are_the_only_thing_that_a_new_user_has_to_choose(
             assert frontend.missing_nodes() == []
             assert frontend.node_errors()["marked"] == []
             choices = {entry.split(" = ")[0].split(".")[1] for entry in frontend.red_widgets()}
-            assert choices <= {"ckpt_name", "lora_name", "image"}
+            assert choices <= FILES_TO_CHOOSE
         context.close()
 
 
@@ -114,20 +132,34 @@ def test_the_template_browser_lists_them_with_their_pictures(frontend, page, cli
     assert frontend.missing_nodes() == []
 
 
-def test_a_training_and_a_sampling_run_in_the_page(files, frontend, shipped, comfy_server, tmp_path):
-    (comfy_server.base / "models/loras/my_dog.safetensors").unlink()  # the stand-in
-    for name in ("dco_train_subject", "dco_reward_guidance"):
+@pytest.mark.parametrize(
+    ("saving", "saved", "reading", "shown"),
+    [
+        (
+            "dco_train_subject",
+            "loras/my_dog.safetensors",
+            "dco_reward_guidance",
+            [{"Train DCO", "Loss curve", "Preview picture"}, {"Picture"}],
+        ),
+        (
+            "lookahead_face_to_portrait",
+            "identities/my_face.safetensors",
+            "lookahead_saved_identity",
+            [{"Photo of the face", "SamplerCustomAdvanced", "Picture"}, {"KSampler (Lookahead)", "Picture"}],
+        ),
+    ],
+)
+def test_what_one_workflow_saves_another_reads(
+    files, frontend, shipped, comfy_server, tmp_path, saving, saved, reading, shown
+):
+    (comfy_server.base / "models" / saved).unlink()  # the stand-in
+    for name, titles in zip((saving, reading), shown, strict=True):
         frontend.load(shipped.ui(name))
         frontend.page.evaluate(PUT, shipped.SMALL)
         run = frontend.queue()
         assert run["status"] == "success", run
         assert run["progress"] >= 2
+        frontend.page.wait_for_function(PICTURED, arg=sorted(titles), timeout=20_000)
         frontend.screenshot(tmp_path / f"{name}_done.png")
-        shown = frontend.page.evaluate("() => app.graph._nodes.filter(n => n.imgs?.length).map(n => n.title)")
-        wanted = {
-            "dco_train_subject": {"Train DCO", "Loss curve", "Preview picture"},
-            "dco_reward_guidance": {"Picture"},
-        }
-        assert wanted[name] <= set(shown)
         assert frontend.node_errors() == {"marked": [], "refused": {}}
         assert frontend.console_errors == []

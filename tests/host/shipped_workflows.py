@@ -4,11 +4,20 @@ import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+
+from comfyui_personalize.models.lora import kohya_tensors
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 TRAININGS = [name for name in NAMES if "_train_" in name]
 SAMPLINGS = [name for name in NAMES if name not in TRAININGS]
+FIRST = {
+    "dco_reward_guidance": TRAININGS,
+    "dco_subject_in_style": TRAININGS,
+    "lookahead_saved_identity": ["lookahead_face_to_portrait"],
+}
+"""Workflows that save what another one reads."""
 
 CHECKPOINT = "tiny_sdxl.safetensors"
 SIDE = 64
@@ -29,6 +38,8 @@ SMALL = {
     "EmptyLatentImage": {"width": SIDE, "height": SIDE},
     "BasicScheduler": {"steps": 2},
     "PersonalizeKSamplerRewardGuidance": {"steps": 2},
+    "PersonalizeEncodeIdentity": {"reference_size": SIDE},
+    "PersonalizeKSamplerLookahead": {"steps": 2},
 }
 """What is changed in the shipped workflows, by node type; everything else stays as shipped."""
 
@@ -62,7 +73,36 @@ def nodes(graph: dict, kind: str) -> dict[str, dict]:
 
 def upload_pictures(client, graph: dict) -> None:
     """Draw the pictures that a workflow names, and put them into the host's input folder."""
-    for index, node in enumerate(nodes(graph, "PersonalizeTrainingPicture").values()):
-        picture = Image.new("RGB", (96, 80), (40 * index % 256, 90, 200 - 30 * index))
-        ImageDraw.Draw(picture).ellipse((10 + 6 * index, 12, 60 + 6 * index, 62), fill=(230, 120, 40))
-        assert client.upload(picture, node["inputs"]["image"]) == node["inputs"]["image"]
+    named = [node for node in graph.values() if node["class_type"] in ("PersonalizeTrainingPicture", "LoadImage")]
+    for index, node in enumerate(named):
+        name = node["inputs"]["image"]
+        assert client.upload(_face() if node["class_type"] == "LoadImage" else _blob(index), name) == name
+
+
+def write_models(models: Path, lookahead) -> None:
+    """Tiny random files under the names that the lookahead workflows give, into the host's folder of models.
+
+    Args:
+        lookahead: the module tests/tiny/lookahead.py.
+    """
+    lookahead.write_slim(models / "lookahead_encoders" / "lookahead_encoder.safetensors", "sdxl")
+    lookahead.write_clip_vision(models / "clip_vision" / "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
+    deltas = {f"unet.{name}": delta for name, delta in lookahead.make_encoder("sdxl", seed=1).lora.items()}
+    (models / "loras").mkdir(parents=True, exist_ok=True)
+    save_file(kohya_tensors(deltas, "sdxl"), models / "loras" / "lcm-lora-sdxl.safetensors")
+
+
+def _blob(index: int) -> Image.Image:
+    picture = Image.new("RGB", (96, 80), (40 * index % 256, 90, 200 - 30 * index))
+    ImageDraw.Draw(picture).ellipse((10 + 6 * index, 12, 60 + 6 * index, 62), fill=(230, 120, 40))
+    return picture
+
+
+def _face() -> Image.Image:
+    picture = Image.new("RGB", (96, 96), (120, 160, 190))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((18, 8, 78, 90), fill=(230, 180, 150))
+    for x in (36, 60):
+        draw.ellipse((x - 5, 40, x + 5, 50), fill=(40, 30, 30))
+    draw.chord((34, 56, 62, 76), 0, 180, fill=(190, 70, 70))
+    return picture

@@ -1,10 +1,22 @@
-"""The shipped workflows run over HTTP on a tiny SDXL: two train, and the others sample with what was trained."""
+"""The shipped workflows run over HTTP on a tiny SDXL: some train or save, and others sample with what they left."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 from safetensors import safe_open
+
+LOOKAHEAD = [
+    "lookahead_face_to_portrait",
+    "lookahead_fast_portrait",
+    "lookahead_few_steps",
+    "lookahead_preview_guidance",
+    "lookahead_saved_identity",
+    "lookahead_style_grid",
+]
+ROWS = {"lookahead_style_grid": 4}
+"""How many pictures a workflow makes, where it is not one."""
 
 
 @pytest.fixture(scope="module")
@@ -15,17 +27,16 @@ def shipped(load_helper):
 @pytest.fixture(scope="module")
 def run_small(comfy_server, load_helper, shipped):
     """run_small(name) -> (graph, run, pictures of each saving node by its title); once per workflow."""
+    shipped.write_models(comfy_server.base / "models", load_helper("tiny/lookahead.py"))
     done = {}
 
     def run(name):
         if name not in done:
+            for first in shipped.FIRST.get(name, ()):
+                run(first)
             with load_helper("host/client.py").Client(comfy_server.url, timeout=300) as client:
                 graph = shipped.small(name)
-                if name in shipped.TRAININGS:
-                    shipped.upload_pictures(client, graph)
-                else:
-                    for training in shipped.TRAININGS:
-                        run(training)
+                shipped.upload_pictures(client, graph)
                 result = client.run(graph)
                 assert result.status == "success", result.error
                 savers = shipped.nodes(graph, "SaveImage")
@@ -38,7 +49,7 @@ def run_small(comfy_server, load_helper, shipped):
 
 def test_there_are_trainings_and_samplings(shipped):
     assert shipped.TRAININGS == ["dco_train_style", "dco_train_subject"]
-    assert shipped.SAMPLINGS == ["dco_reward_guidance", "dco_subject_in_style"]
+    assert shipped.SAMPLINGS == ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD]
 
 
 @pytest.mark.parametrize("name", ("dco_train_subject", "dco_train_style"))
@@ -65,34 +76,57 @@ def test_a_training_shows_and_saves_what_it_learned(run_small, shipped, comfy_se
     assert (models / "embeddings" / f"{settings['output_name']}.safetensors").exists() == (name == "dco_train_subject")
 
 
-@pytest.mark.parametrize("name", ("dco_reward_guidance", "dco_subject_in_style"))
-def test_a_sampling_makes_a_picture(run_small, shipped, name):
-    _, _, pictures = run_small(name)
-    ((picture,),) = pictures.values()
-    assert picture.size == (shipped.SIDE, shipped.SIDE)
-    assert np.asarray(picture.convert("RGB")).std() > 5  # of 255: not one colour
+@pytest.mark.parametrize("name", ("dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD))
+def test_a_sampling_makes_its_pictures(run_small, shipped, name):
+    _, _, made = run_small(name)
+    (pictures,) = made.values()
+    assert len(pictures) == ROWS.get(name, 1)
+    for picture in pictures:
+        assert picture.size == (shipped.SIDE, shipped.SIDE)
+        assert np.asarray(picture.convert("RGB")).std() > 5  # of 255: not one colour
+    for one, other in itertools.pairwise(pictures):
+        assert not np.array_equal(np.asarray(one), np.asarray(other))
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"),
+    ("name", "setting", "value"),
     [
-        ("dco_reward_guidance", "reward_scale"),
-        ("dco_reward_guidance", "text_scale"),
-        ("dco_subject_in_style", "reward_scale"),
-        ("dco_subject_in_style", "reward_scale_2"),
+        ("dco_reward_guidance", "reward_scale", 0.0),
+        ("dco_reward_guidance", "text_scale", 0.0),
+        ("dco_subject_in_style", "reward_scale", 0.0),
+        ("dco_subject_in_style", "reward_scale_2", 0.0),
+        ("lookahead_face_to_portrait", "text_scale", 0.0),
+        ("lookahead_face_to_portrait", "full_scale", 0.0),
+        ("lookahead_face_to_portrait", "identity_scale", 0.0),
+        ("lookahead_face_to_portrait", "adapter_scale", 0.0),
+        ("lookahead_face_to_portrait", "sharing_strength", 0.0),
+        ("lookahead_face_to_portrait", "b2", 1.0),  # FreeU
+        ("lookahead_fast_portrait", "text_scale", 1.0),
+        ("lookahead_fast_portrait", "adapter_scale", 0.0),
+        ("lookahead_few_steps", "adapter_scale", 0.0),
+        ("lookahead_few_steps", "sharing_strength", 0.0),
+        ("lookahead_few_steps", "strength_model", 0.0),
+        ("lookahead_style_grid", "identity_scale", 0.0),
+        ("lookahead_style_grid", "reference_noise", "each picture's own"),
+        ("lookahead_saved_identity", "end_percent", 0.3),
+        ("lookahead_saved_identity", "identity_scale", 0.0),
+        ("lookahead_preview_guidance", "scale", 0.0),
+        ("lookahead_preview_guidance", "lora_name", "none"),
     ],
 )
-def test_each_scale_of_the_guidance_is_felt(run_small, shipped, client, name, setting):
-    _, _, pictures = run_small(name)
+def test_each_setting_is_felt(run_small, shipped, client, name, setting, value):
+    _, _, made = run_small(name)
     graph = shipped.small(name)
-    for node in graph.values():
-        if setting in node["inputs"]:
-            node["inputs"][setting] = 0.0
+    holders = [node["inputs"] for node in graph.values() if setting in node["inputs"]]
+    assert holders and all(inputs[setting] != value for inputs in holders)
+    for inputs in holders:
+        inputs[setting] = value
     changed = client.run(graph)
     assert changed.status == "success", changed.error
-    ((before,),) = pictures.values()
-    (after,) = client.images(changed)
-    assert not np.array_equal(np.asarray(before), np.asarray(after))
+    (before,) = made.values()
+    (saver,) = shipped.nodes(graph, "SaveImage")
+    # The first picture of a grid has the same noise either way.
+    assert not np.array_equal(np.asarray(before[-1]), np.asarray(client.images(changed, saver)[-1]))
 
 
 def test_the_shipped_settings_are_the_authors(shipped):
@@ -106,6 +140,30 @@ def test_the_shipped_settings_are_the_authors(shipped):
     assert subject["inputs"]["resolution"] == style["inputs"]["resolution"] == 0  # the base's own: 1024 for SDXL
     (guider,) = shipped.nodes(shipped.api("dco_reward_guidance"), "PersonalizeRewardGuider").values()
     assert (guider["inputs"]["text_scale"], guider["inputs"]["reward_scale"]) == (7.5, 3.0)
+
+
+def test_the_shipped_settings_of_lookahead_are_the_authors(shipped):
+    """As in infer.py of OrLichter/lcm-lookahead; of FreeU what acts there: b1 and s1 never do."""
+    sharing = {"mode": "attention sharing", "text_scale": 3.0, "full_scale": 2.0, "identity_scale": 2.0}
+    everywhere = {"adapter_scale": 1.0, "sharing_strength": 1.0, "start_percent": 0.0, "rescale": 0.0}
+    expected = {
+        "lookahead_face_to_portrait": sharing,
+        "lookahead_fast_portrait": {"mode": "adapter only", "text_scale": 5.0},
+        "lookahead_few_steps": {"few_step": True, "sampler_name": "lcm"},
+        "lookahead_saved_identity": sharing,
+        "lookahead_style_grid": sharing,
+    }
+    for name, values in expected.items():
+        graph = shipped.api(name)
+        (sampling,) = [node["inputs"] for node in graph.values() if "adapter_scale" in node["inputs"]]
+        assert (values | everywhere).items() <= sampling.items()
+        (sampler,) = [node["inputs"]["sampler_name"] for node in graph.values() if "sampler_name" in node["inputs"]]
+        assert sampler == ("lcm" if sampling["few_step"] else "dpmpp_2m")
+        assert shipped.nodes(graph, "ConditioningZeroOut").keys() == {sampling["negative"][0]}
+        if sampling["mode"] == "attention sharing":
+            assert graph[sampling["encoder_prompt"][0]]["inputs"]["text"] == "a photo of a face"
+    (freeu,) = shipped.nodes(shipped.api("lookahead_face_to_portrait"), "FreeU").values()
+    assert {"b1": 1.0, "b2": 1.1, "s1": 1.0, "s2": 0.2}.items() <= freeu["inputs"].items()
 
 
 def test_a_workflow_names_every_input_of_our_nodes(client, shipped):
