@@ -37,7 +37,7 @@ class Component:
         if self.kind == "text" and not hasattr(module, "text_model"):
             # transformers 5.6 flattened CLIPTextModel, but not the class with the projection.
             tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-        _check_fit(module, tensors, self.weights.name, self.kind)
+        check_fit(module, tensors, self.weights.name, self.kind)
         return tensors
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -45,7 +45,7 @@ class Component:
         module = self.build()
         tensors = self.fit(module, self.weights.read(self.names, dtype))
         module.load_state_dict(tensors, strict=True, assign=True)
-        _restore_buffers(module)
+        restore_buffers(module)
         return module.to(device).train(False).requires_grad_(False)
 
 
@@ -60,7 +60,7 @@ def missing_weights_named(name: str) -> Iterator[None]:
         ) from error
 
 
-def _check_fit(module: nn.Module, tensors: Tensors, name: str, kind: str) -> None:
+def check_fit(module: nn.Module, tensors: Tensors, name: str, kind: str) -> None:
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     for problem, keys in (
@@ -75,7 +75,7 @@ def _check_fit(module: nn.Module, tensors: Tensors, name: str, kind: str) -> Non
             )
 
 
-def _restore_buffers(module: nn.Module) -> None:
+def restore_buffers(module: nn.Module) -> None:
     """Fill what a file does not store: the position numbers of text encoders."""
     for child in module.modules():
         if isinstance(positions := child._buffers.get("position_ids"), Tensor) and positions.is_meta:
