@@ -1,9 +1,10 @@
 """The files a training leaves: a LoRA that carries its learned tokens, and the tokens as embedding files."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class OutputPlace:
 
     name: str
     lora_folder: Path
+    """Of a LoRA, or of a concept for the recipes that train one."""
     embedding_folder: Path
     run_folder: Path
     """Log, previews and training states."""
@@ -42,16 +44,18 @@ class OutputPlace:
         stems = embedding_stems(self.name, [other.trigger for other in tokens])
         return self.embedding_folder / f"{stems[list(tokens).index(token)]}.safetensors"
 
-    def check(self, tokens: Sequence[LearnedToken], *, may_exist: bool = False) -> None:
+    def check(self, tokens: Sequence[LearnedToken], *, main: bool = True, may_exist: bool = False) -> None:
         """Refuse what could not be saved after hours of training; called before anything is loaded.
 
-        Args: may_exist: permission to overwrite for a run that continues its own files.
+        Args:
+            main: whether a LoRA, or what else changes the UNet, is written besides the tokens.
+            may_exist: permission to overwrite for a run that continues its own files.
 
         Raises:
             ConfigError: files would overwrite each other or, without permission, older ones.
             FormatError: a folder cannot be written to.
         """
-        paths = {self.lora_path: "LoRA"}
+        paths = {self.lora_path: "LoRA"} if main else {}
         for token in tokens:
             path = self.embedding_path(token, tokens)
             safe_name(path.stem)
@@ -117,25 +121,49 @@ def save_personalization(
         ConfigError: a file exists and may not be overwritten.
         FormatError: the disk refused; files written before stay, none is half-written.
     """
-    shared = {"family": family.name, "method": method, "title": place.name, "config": config.as_dict(), "extra": extra}
     dtype = torch.float16 if config.save_precision == "fp16" else torch.float32
     tensors = kohya_tensors(deltas, family.name, layers_per_block=layers_per_block)
     tensors = {key: _narrowed(tensor, dtype) for key, tensor in tensors.items()}
     ranks = {delta.rank for delta in deltas.values()}
-    written, start = [], 0
-    embeddings = {}
-    for token in tokens:
-        part = {key: table[start : start + token.rows].detach().to("cpu", torch.float32) for key, table in rows.items()}
-        start += token.rows
-        embeddings[token] = part
-        if config.bundle_tokens:
+    if config.bundle_tokens:
+        for token, part in rows_of_tokens(rows, tokens):
             tensors |= {f"bundle_emb.{plain_name(token.trigger)}.{key}": value for key, value in part.items()}
-    metadata = describe(LORA_FORMAT, tokens=tokens, **shared) | {LAYERS_KEY: str(layers_per_block)}
+    about = {"family": family.name, "method": method, "title": place.name, "config": config.as_dict(), "extra": extra}
+    metadata = describe(LORA_FORMAT, tokens=tokens, **about) | {LAYERS_KEY: str(layers_per_block)}
     if ranks:
         metadata |= {"ss_network_dim": str(max(ranks)), "ss_network_module": "networks.lora"}
-    written.append(write_safetensors(place.lora_path, tensors, metadata, overwrite=overwrite))
-    for token, part in embeddings.items():
-        metadata = describe(EMBEDDING_FORMAT, tokens=[token], kind="textual-inversion", **shared)
+    path = write_safetensors(place.lora_path, tensors, metadata, overwrite=overwrite)
+    return [path, *save_embeddings(place, rows, tokens, overwrite=overwrite, **about)]
+
+
+def save_embeddings(
+    place: OutputPlace,
+    rows: Mapping[str, Tensor],
+    tokens: Sequence[LearnedToken],
+    *,
+    overwrite: bool = False,
+    **about: Any,
+) -> list[Path]:
+    """Write one file per token to the embeddings folder, as ComfyUI's own prompts read them.
+
+    Args:
+        rows, overwrite: as for save_personalization.
+        about: further arguments of ``describe``.
+    """
+    written = []
+    for token, part in rows_of_tokens(rows, tokens):
+        metadata = describe(EMBEDDING_FORMAT, tokens=[token], kind="textual-inversion", **about)
         path = place.embedding_path(token, tokens)
         written.append(write_safetensors(path, part, metadata, overwrite=overwrite))
     return written
+
+
+def rows_of_tokens(
+    rows: Mapping[str, Tensor], tokens: Sequence[LearnedToken]
+) -> Iterator[tuple[LearnedToken, dict[str, Tensor]]]:
+    """Each token with its own rows by encoder key, float32 on the CPU."""
+    first = 0
+    for token in tokens:
+        last = first + token.rows
+        yield token, {key: table[first:last].detach().to("cpu", torch.float32) for key, table in rows.items()}
+        first = last

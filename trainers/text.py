@@ -115,6 +115,7 @@ class PromptEncoder:
         *,
         rows: Mapping[str, Tensor] | None = None,
         prompts: Sequence[str] = (),
+        context: bool = True,
         generator: torch.Generator | None = None,
     ):
         """Take over the encoders; with ``tokens``, their embedding modules are replaced.
@@ -125,7 +126,8 @@ class PromptEncoder:
             tokens: learned tokens, each owning ``rows`` consecutive ids after the vocabulary.
             rows: starting values by encoder key, (sum of the tokens' rows, dim); made from the initializers
                 when absent.
-            prompts: prompts that training will use; their other ids become ``context`` rows.
+            prompts: prompts that training will use; they are checked for tokens that would be cut off.
+            context: whether their other ids become ``context`` rows.
             generator: on the CPU, for tokens without initializer.
 
         Raises:
@@ -157,8 +159,8 @@ class PromptEncoder:
                     f"expected {(first, table.shape[1])}, use tokens trained on {family.label}"
                 )
             ids = {number for prompt in prompts for number in self._complete_ids(prompt, slot)}
-            context = sorted(number for number in ids if number < len(table))
-            embedding = LearnedTokenEmbedding(table, start, context)
+            known = sorted(number for number in ids if number < len(table)) if context else []
+            embedding = LearnedTokenEmbedding(table, start, known)
             encoder.set_input_embeddings(embedding)
             self.embeddings[slot.key] = embedding
 

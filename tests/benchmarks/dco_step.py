@@ -22,11 +22,12 @@ from comfyui_personalize.trainers.conditioning import Conditioning, predict
 from comfyui_personalize.trainers.dataset import Dataset
 from comfyui_personalize.trainers.dco.config import DCOConfig
 from comfyui_personalize.trainers.dco.step import dco_step
-from comfyui_personalize.trainers.dco.text import TextSide
+from comfyui_personalize.trainers.dco.train import text_settings
 from comfyui_personalize.trainers.devices import autocast, dtype_of
 from comfyui_personalize.trainers.optimizer import ParameterGroup, clip_gradients, make_optimizer
 from comfyui_personalize.trainers.order import BatchOrder
 from comfyui_personalize.trainers.ranks import Ranks
+from comfyui_personalize.trainers.text_side import TextSide
 
 SCENES = ("on the beach", "in front of trees", "on a street", "next to a red wall", "in the snow")
 
@@ -66,7 +67,9 @@ class Ours:
         dtype = dtype_of(config.precision, device)
         vae = base.load_vae(torch.float32, device)
         latents = LatentCache.build(data.examples, vae, size=config.resolution)
-        self.text = TextSide(config, base, data, base.tokenizer(), device=device, generator=generator)
+        captions, frozen = ([getattr(e, name) for e in data.examples] for name in ("caption", "base_caption"))
+        tokens, told = data.tokens, {"captions": captions, "frozen": frozen, "device": device, "generator": generator}
+        self.text = TextSide(text_settings(config), base, tokens, base.tokenizer(), **told)
         self.unet = base.load_unet(dtype, device).requires_grad_(False)
         lora = add_lora(self.unet, config.rank, ATTENTION, generator)
         if config.gradient_checkpointing:

@@ -10,9 +10,9 @@ from ..cache import LatentCache
 from ..dataset import Dataset
 from ..devices import autocast
 from ..evaluation import EvaluationBatch
+from ..text_side import TextSide
 from .config import DCOConfig
 from .step import dco_step, predict_base
-from .text import TextSide
 
 
 class FixedLoss:

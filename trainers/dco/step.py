@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ...models.dco import dco_loss, denoising_error
+from ...models.dco import dco_loss
+from ...models.denoising import denoising_error
 from ...models.schedules import NoiseSchedule
 from ..adapters import lora_off
 from ..conditioning import Conditioning, predict

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from comfyui_personalize.models.dco import dco_loss, denoising_error
+from comfyui_personalize.models.dco import dco_loss
+from comfyui_personalize.models.denoising import denoising_error
 from comfyui_personalize.models.schedules import NoiseSchedule, offset_noise
 from comfyui_personalize.trainers.conditioning import Conditioning
 from comfyui_personalize.trainers.dco.config import DCOConfig

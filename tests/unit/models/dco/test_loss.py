@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from comfyui_personalize.models.dco import dco_loss, denoising_error
+from comfyui_personalize.models.dco import dco_loss
+from comfyui_personalize.models.denoising import denoising_error
 
 
 def draws(*shape: int, count: int = 3, seed: int = 0) -> list[torch.Tensor]:

@@ -8,14 +8,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from comfyui_personalize.models.tokens import LearnedToken
-from comfyui_personalize.trainers import loop
+from comfyui_personalize.trainers import loop, text_side
 from comfyui_personalize.trainers.base import TrainingBase, open_base
 from comfyui_personalize.trainers.batches import LatentBatches
 from comfyui_personalize.trainers.dataset import Dataset
-from comfyui_personalize.trainers.dco import text, train
+from comfyui_personalize.trainers.dco import train
 from comfyui_personalize.trainers.dco.config import DCOConfig
-from comfyui_personalize.trainers.dco.text import TextSide
 from comfyui_personalize.trainers.output import OutputPlace
+from comfyui_personalize.trainers.text_side import TextSide
 
 CPU = torch.device("cpu")
 DOG = LearnedToken("<dog>", "dog")
@@ -120,7 +120,7 @@ def inside(monkeypatch):
     monkeypatch.setattr(LatentBatches, "next", lambda self: keep(seen.batches, following(self)))
     monkeypatch.setattr(train, "TextSide", lambda *a, **k: keep(seen.text, TextSide(*a, **k)))
     monkeypatch.setattr(train, "add_lora", add_lora)
-    monkeypatch.setattr(text, "add_lora", add_lora)
+    monkeypatch.setattr(text_side, "add_lora", add_lora)
     monkeypatch.setattr(loop, "clip_gradients", clip_gradients)
     return seen
 

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from comfyui_personalize.models.errors import ConfigError, FormatError, TrainingError
 from comfyui_personalize.models.formats import read_header
 from comfyui_personalize.models.tokens import LearnedToken
+from comfyui_personalize.trainers import preview
 from comfyui_personalize.trainers.adapters import lora_off
 from comfyui_personalize.trainers.base import TrainingBase
+from comfyui_personalize.trainers.batches import LatentBatches
 from comfyui_personalize.trainers.checkpoint import newest_states
 from comfyui_personalize.trainers.conditioning import Conditioning, predict
-from comfyui_personalize.trainers.dco import preview, train
+from comfyui_personalize.trainers.dco import train
 from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.ranks import Ranks
 
@@ -179,7 +181,7 @@ def test_accumulation_takes_several_batches_a_step(tiny, inside):
 
 def test_a_style_needs_no_token_and_no_text_encoder(tiny, monkeypatch):
     alive, during = [], []
-    load, following = TrainingBase.load_text_encoders, train.LatentBatches.next
+    load, following = TrainingBase.load_text_encoders, LatentBatches.next
 
     def load_text_encoders(*arguments):
         encoders = load(*arguments)
@@ -191,7 +193,7 @@ def test_a_style_needs_no_token_and_no_text_encoder(tiny, monkeypatch):
         return following(batches)
 
     monkeypatch.setattr(TrainingBase, "load_text_encoders", load_text_encoders)
-    monkeypatch.setattr(train.LatentBatches, "next", next_batch)
+    monkeypatch.setattr(LatentBatches, "next", next_batch)
     result = tiny.train("sdxl", tiny.dataset(), steps=2)
     assert during == [[False, False]] * 2
     assert [path.name for path in result.files] == ["my_dog.safetensors"]
@@ -201,7 +203,7 @@ def test_a_style_needs_no_token_and_no_text_encoder(tiny, monkeypatch):
 @pytest.mark.parametrize("previews", [False, True])
 def test_the_autoencoder_has_left_before_training(previews, tiny, monkeypatch):
     moves, alive, during = [], [], []
-    load, following = TrainingBase.load_vae, train.LatentBatches.next
+    load, following = TrainingBase.load_vae, LatentBatches.next
 
     def load_vae(*arguments):
         vae = load(*arguments)
@@ -215,7 +217,7 @@ def test_the_autoencoder_has_left_before_training(previews, tiny, monkeypatch):
         return following(batches)
 
     monkeypatch.setattr(TrainingBase, "load_vae", load_vae)
-    monkeypatch.setattr(train.LatentBatches, "next", next_batch)
+    monkeypatch.setattr(LatentBatches, "next", next_batch)
     tiny.train(steps=2, preview_every=1 if previews else 0, preview_steps=1)
     # It waits off the device for previews, visits the device for each, and is gone where none are asked for.
     expected = [(True, ("cpu",)), (True, ("cpu", "cpu", "cpu"))] if previews else [(False, ())] * 2

@@ -1,16 +1,16 @@
-"""Preview pictures while a DCO training runs."""
+"""Preview pictures while a training runs."""
 
 from collections.abc import Callable
 
 import torch
 from PIL import Image
 
-from ..conditioning import Conditioning
-from ..devices import autocast
-from ..progress import Progress
-from ..sampling import euler, guided, sample, to_pictures
-from ..vae import LATENT_CHANNELS, PIXELS_PER_LATENT, Autoencoder
-from .config import DCOConfig
+from .conditioning import Conditioning
+from .config import TrainConfig
+from .devices import autocast
+from .progress import Progress
+from .sampling import euler, guided, sample, to_pictures
+from .vae import LATENT_CHANNELS, PIXELS_PER_LATENT, Autoencoder
 
 
 class Previews:
@@ -21,7 +21,7 @@ class Previews:
 
     def __init__(
         self,
-        config: DCOConfig,
+        config: TrainConfig,
         unet: torch.nn.Module,
         vae: Autoencoder | None,
         schedule,
