@@ -118,6 +118,7 @@ def test_missing_files_are_the_only_thing_that_a_new_user_has_to_choose(
 def test_the_template_browser_lists_them_with_their_pictures(frontend, page, client, tmp_path):
     listed = client.http.get(f"{client.url}/workflow_templates", timeout=30).json()
     assert sorted(listed[EXTENSION]) == sorted(NAMES)
+    page.set_viewport_size({"width": 1600, "height": 3000})  # pictures further down wait until they are scrolled to
     fetched = set()
     page.on("response", lambda reply: fetched.add(reply.url.split("?")[0].rsplit("/", 1)[-1]) if reply.ok else None)
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
