@@ -39,6 +39,8 @@ class Role:
     """Which identity tokens cross-attention sees, "cond" or "uncond"."""
     shared: str | None = None
     """Name of the kept keys and values that self-attention sees."""
+    area: tuple[int, ...] | None = None
+    """Height, width, top and left of the part of the latent that the conditioning is for; None is all of it."""
 
 
 _NOTHING = Role()
@@ -49,9 +51,11 @@ class Run:
     """What is made once for a sampling run, so that nothing of it outlives it on the device."""
 
     pictures: int = 1
-    """Reference pictures of each row, side by side in an encoder pass."""
+    """Reference pictures of each row; in an encoder pass all rows' first pictures come before the second ones."""
+    size: tuple[int, int] | None = None
+    """Height and width of the whole latent."""
     latents: Tensor | None = None
-    """They, scaled for the UNet, (rows * pictures, channels, height, width)."""
+    """The references, scaled for the UNet, (pictures * rows, channels, height, width)."""
     noise: Tensor | None = None
     """What they are noised with, same shape; None leaves them clean."""
     sigma: float | None = None
@@ -164,11 +168,11 @@ class _Call:
     def _keeper(self, block: str, position: int, copy: KeyValueCopy, ends: bool) -> Callable:
         def keep(projection: nn.Module, args: tuple, _output: Tensor) -> None:
             taken = _project(projection, copy, args[0])
-            taken = taken.unflatten(0, (-1, self.run.pictures)).flatten(1, 2)  # pictures side by side
             for role, rows in zip(self.chunks, taken.chunk(len(self.chunks))):
                 if role.keep:
                     kept = self.run.references.setdefault(role.keep, {}).setdefault(block, [None, None])
-                    kept[position] = rows
+                    pictures = rows.unflatten(0, (self.run.pictures, -1)).transpose(0, 1)
+                    kept[position] = pictures.flatten(1, 2)  # (rows, pictures * tokens, heads * dim)
             if ends:
                 raise _AllKept
 
@@ -178,6 +182,11 @@ class _Call:
 
     def share(self) -> None:
         """Join the references to self-attention."""
+        if (self.options.get("patches_replace") or {}).get("attn1"):
+            raise ConfigError(
+                "another node replaces self-attention (self-attention or perturbed-attention guidance do), which the "
+                "shared reference needs as it is; disconnect that node, or set the mode to adapter only"
+            )
         for block in self.settings.blocks:
             kept = [self.run.references[role.shared][block] if role.shared else None for role in self.chunks]
             for position, name in enumerate(("to_k", "to_v")):
@@ -214,8 +223,9 @@ class _Call:
     def _bias(self, x: Tensor, length: int) -> Tensor:
         """What is added to the logits, (rows, tokens, tokens + length)."""
         strengths = [self.settings.sharing_strength if role.shared else 0.0 for role in self.chunks]
-        fade = self._by_row(strengths, x).log()  # log 0: never seen
-        return F.pad(fade.expand(-1, -1, length), (x.shape[1], 0)).to(x.dtype)
+        fade = self._by_row(strengths, x).log().to(x.dtype)  # log 0: never seen
+        bias = F.pad(fade.expand(-1, -1, length), (x.shape[1], 0))
+        return bias.expand(-1, x.shape[1], -1)
 
     # Cross-attention
 
@@ -253,12 +263,15 @@ class _Call:
         return self._by_row(scales, q).to(q.dtype)
 
     def _by_row(self, values: list[float], x: Tensor) -> Tensor:
-        """A number of each chunk, within the region, for (rows, tokens, dim): (rows, tokens, 1) in float32."""
+        """A number of each chunk, within the region, for (rows, tokens, dim): (rows, tokens or 1, 1) in float32."""
         rows = torch.tensor(values, device=x.device).repeat_interleave(self.batch).reshape(-1, 1, 1)
         if self.settings.region is None:
-            return rows.expand(-1, x.shape[1], 1)
-        inside = region_tokens(self.settings.region.to(x.device), *_feature_map(self.shape, x.shape[1]))
-        return rows * for_batch(inside, self.batch).repeat(len(self.chunks), 1).unsqueeze(2)
+            return rows
+        shape = _feature_map(self.shape, x.shape[1])
+        inside = [
+            region_tokens(_within(self.settings.region, role.area, self.run.size), *shape) for role in self.chunks
+        ]
+        return rows * torch.cat([for_batch(one, self.batch) for one in inside]).to(x.device).unsqueeze(2)
 
 
 def _feature_map(latents: torch.Size, tokens: int) -> tuple[int, int]:
@@ -272,6 +285,19 @@ def _feature_map(latents: torch.Size, tokens: int) -> tuple[int, int]:
             "disconnect the region, or the node that tiles attention"
         )
     return height, width
+
+
+def _within(region: Tensor, area: tuple[int, ...] | None, size: tuple[int, int] | None) -> Tensor:
+    """The part of a region, (batch, height, width), that lies in an area of the latent."""
+    if area is None or size is None:
+        return region
+    height, width, top, left = area
+    down, across = region.shape[1] / size[0], region.shape[2] / size[1]
+    return region[
+        :,
+        round(top * down) : max(round((top + height) * down), 1),
+        round(left * across) : round((left + width) * across),
+    ]
 
 
 def _remember(store: dict[str, Tensor], key: str) -> Callable:
@@ -296,6 +322,12 @@ def check_fit(model, encoder: LookaheadEncoder) -> None:
     if network.num_classes is None:
         raise IncompatibleModelError(
             f"{encoder.name} is for SDXL, this model is an {model_label(model)}; load an SDXL one"
+        )
+    channels = network.input_blocks[0][0].weight.shape[1]
+    if channels != model.model.latent_format.latent_channels:
+        raise IncompatibleModelError(
+            f"{encoder.name} is for SDXL, this model takes {channels} channels as inpainting models do; load an "
+            "ordinary SDXL model and give the latent a noise mask"
         )
     attentions = {name: own for name, own in host_names(model).items() if ".attn" in name}
     shapes = {name: network.get_submodule(own).weight.shape for name, own in attentions.items()}

@@ -1,6 +1,8 @@
 """LCM-Lookahead in the host: a reference shared with self-attention, an adapter, and guidance with three scales."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import comfy.samplers
@@ -10,11 +12,12 @@ from torch import Tensor
 
 from ..models.errors import ConfigError
 from ..models.guidance import text_guidance
-from ..models.lookahead import Row, for_batch, guidance_weights, lookahead_guidance
+from ..models.lookahead import Row, few_step_weights, for_batch, guidance_weights, lookahead_guidance
 from ..models.lookahead.encoder import LookaheadEncoder
 from ..models.lookahead.identity import Identity
 from .guiding import Conditioning, Entries, SigmaRange, TermGuider
 from .identity_attention import KEY, ROLES, RUN, IdentityAttention, Role, Run, check_fit, encoder_lora
+from .rank_one_edits import KEY as EDITS
 from .switchable_lora import TAG, attach, chain, switched, tagged
 
 Mode = Literal["attention sharing", "adapter only"]
@@ -76,13 +79,16 @@ class LookaheadGuider(TermGuider):
                 f"{encoder.name} is a plain IP-Adapter, whose attention was never trained to share; set the mode to "
                 "adapter only, or load a lookahead encoder"
             )
+        if rescale and not (few_step or text_scale or (sharing and full_scale)):
+            raise ConfigError(
+                "guidance is rescaled to a prediction with text, and the text and the full scale are 0; raise one of "
+                "them, or set rescale to 0"
+            )
+        region = None if region is None else region.reshape(-1, *region.shape[-2:])
         self.sharing = sharing and sharing_strength > 0
         self.range = SigmaRange(start_percent, end_percent)
         self.scales = (text_scale, full_scale, identity_scale) if sharing else (text_scale, 0.0, 0.0)
         self.few_step, self.rescale = few_step, rescale
-        self.reference_noise = reference_noise
-        self.identity = identity
-
         loras = chain(model)
         self.decoding = switched(loras)
         self.encoding: dict[str, float] = {}
@@ -95,16 +101,19 @@ class LookaheadGuider(TermGuider):
         )
         model = model.clone()
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, attention)
-        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._start)
+        prompt = _bare(encoder_prompt or positive)
+        start = _Start(
+            identity, region, self.sharing, reference_noise, prompts=max(len(embeds) for embeds, _ in prompt)
+        )
+        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, start)
         super().__init__(model)
         self.set_cfg(text_scale)
-        self.encoder_prompt = _bare(encoder_prompt or positive)
         self.inner_set_conds(
             {
                 "positive": positive,
                 "negative": negative,
-                "encoder_positive": self.encoder_prompt,
-                "encoder_negative": _zeroed(self.encoder_prompt),
+                "encoder_positive": prompt,
+                "encoder_negative": _zeroed(prompt),
             }
         )
 
@@ -114,7 +123,9 @@ class LookaheadGuider(TermGuider):
         shares = self.sharing and self.range.holds(self.inner_model.model_sampling, timestep)
         text_scale, full_scale, identity_scale = self.scales
         if self.few_step:
-            rows = ["shared_text" if shares else "plain_text"]
+            rows = list(few_step_weights(sharing=shares))
+            if not self.without_negative(options, 1.0):
+                rows.append("plain_uncond")
         elif shares:
             weights = guidance_weights(*self.scales)
             rows = list(weights)
@@ -123,12 +134,14 @@ class LookaheadGuider(TermGuider):
         else:
             text_scale += full_scale
             rows = ["plain_text"] if self.without_negative(options, text_scale) else ["plain_text", "plain_uncond"]
-        if shares:
+        if not shares:
+            options["transformer_options"][RUN].references.clear()
+        else:
             self._encode(timestep, options, {ROWS[row][1].shared for row in rows} - {None})
 
         conds = self._with_roles({row: ROWS[row] if row in rows else None for row in ROWS}, options)
         if self.few_step:
-            conds = [conds[rows[0]], None]
+            conds = [conds[rows[0]], conds["plain_uncond"]]
             return self.guided(conds, lambda predictions: predictions[0], x, timestep, options, text_scale=1.0)
 
         def combine(predictions: Sequence[Tensor | None]) -> Tensor:
@@ -156,9 +169,7 @@ class LookaheadGuider(TermGuider):
             x = latents / sampling.calculate_input(sigma, torch.ones_like(latents))
         else:
             x = sampling.noise_scaling(sigma, run.noise, latents)
-        # FreeU, attention patches and the like belong to the picture; the encoder is trained on the plain UNet.
-        plain = {key: value for key, value in options["transformer_options"].items() if not key.startswith("patches")}
-        options = {**options, "transformer_options": plain}
+        options = {**options, "transformer_options": _plain(options["transformer_options"])}
         conds = self._with_roles({name: _ENCODER_ROWS[name] for name in missing}, options)
         comfy.samplers.calc_cond_batch(self.inner_model, list(conds.values()), x, sigma, options)
 
@@ -170,47 +181,85 @@ class LookaheadGuider(TermGuider):
             found[row] = None
             if entry is not None:
                 name, role = entry
-                found[row] = [self._switched(cond, role, row) for cond in self.conds[name]]
-                roles |= {cond["uuid"]: role for cond in found[row]}
+                # The host adds entries to the encoder's lists where others have areas.
+                entries = self.conds[name][:1] if role.keep else self.conds[name]
+                found[row] = [self._switched(cond, role, row) for cond in entries]
+                roles |= {cond["uuid"]: replace(role, area=cond.get("area")) for cond in found[row]}
         options["transformer_options"] = {**options.get("transformer_options", {}), ROLES: roles}
         return found
 
     def _switched(self, cond: dict[str, Any], role: Role, row: str) -> dict[str, Any]:
         """A conditioning with the LoRAs of its role: the encoder's in the encoder pass, those of the user elsewhere."""
-        if role.keep:
-            cond = {key: value for key, value in cond.items() if key != "control"}  # the host may have copied one here
-            return tagged(cond, self.encoding, row)
+        if role.keep:  # without areas and ControlNets, which the host may have copied here
+            return tagged({key: cond[key] for key in ("model_conds", "uuid")}, self.encoding, row)
         return tagged(cond, cond.get(TAG, self.decoding), row)
 
-    def _start(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-        """Wrapper of a sampling run: prepare the references and what belongs to this run alone."""
+
+@dataclass(frozen=True)
+class _Start:
+    """Wrapper of a sampling run: prepares the references and what belongs to this run alone.
+
+    It knows nothing of the guider: a model that led back to it would never be freed.
+    """
+
+    identity: Identity
+    region: Tensor | None
+    sharing: bool
+    reference_noise: ReferenceNoise
+    prompts: int
+    """Prompts of the encoder pass: one for all pictures, or one each."""
+
+    def __deepcopy__(self, memo: dict) -> "_Start":
+        return self
+
+    def __call__(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         people, batch = self.identity.people, len(noise)
         if people not in (1, batch):
             raise ConfigError(
                 f"the identity holds {people} people for a batch of {batch} pictures; give one, or one for each picture"
             )
-        run = Run()
+        if self.region is not None and len(self.region) not in (1, batch):
+            raise ConfigError(
+                f"the region holds {len(self.region)} masks for a batch of {batch} pictures; give one, or one for each"
+            )
+        run = Run(size=tuple(noise.shape[-2:]))
         if self.sharing:
-            self._prepare(run, guider, noise, extra_args.get("seed") or 0)
+            self._prepare(run, guider.inner_model, noise, extra_args.get("seed") or 0)
         extra_args["model_options"].setdefault("transformer_options", {})[RUN] = run
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
-    def _prepare(self, run: Run, guider, noise: Tensor, seed: int) -> None:
-        latents = guider.inner_model.process_latent_in(self.identity.latents.to(noise.device, torch.float32))
+    def _prepare(self, run: Run, model, noise: Tensor, seed: int) -> None:
+        if not noise.any():  # a later stage of a sampling that was split: its noise is in the latent
+            noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)).to(noise)
+        latents = model.process_latent_in(self.identity.latents.to(noise.device, torch.float32))
         own = self.reference_noise == "each picture's own" and not (noise == noise[:1]).all()
-        prompts = max(len(embeds) for embeds, _ in self.encoder_prompt)
-        rows = len(noise) if own or prompts > 1 else len(latents)
+        rows = len(noise) if own or self.prompts > 1 else len(latents)
         run.pictures = latents.shape[1]
-        run.latents = for_batch(latents, rows).flatten(0, 1)
+        run.latents = for_batch(latents, rows).transpose(0, 1).flatten(0, 1)
         if self.reference_noise == "none":
             return
         drawn = noise if own else noise[:1].expand(rows, *noise.shape[1:])
         if drawn.shape[-2:] != latents.shape[-2:]:
-            # The run's own noise has no pixel for each of the reference's.
-            generator = torch.Generator().manual_seed(seed)
-            shape = (rows if own else 1, *latents.shape[2:])
-            drawn = torch.randn(shape, generator=generator).to(noise.device).expand(rows, *shape[1:])
-        run.noise = drawn.to(latents.dtype).repeat_interleave(run.pictures, dim=0)
+            drawn = torch.stack([_noise_like(row, latents.shape[2:]) for row in drawn])
+        run.noise = drawn.to(latents.dtype).repeat(run.pictures, 1, 1, 1)
+
+
+def _noise_like(noise: Tensor, shape: Sequence[int]) -> Tensor:
+    """Noise of another shape, decided by a picture's noise alone, whatever its place in the batch."""
+    digest = hashlib.sha256(noise.to("cpu", torch.float32).contiguous().numpy())
+    generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "big", signed=True))
+    return torch.randn(tuple(shape), generator=generator).to(noise)
+
+
+def _plain(transformer_options: dict[str, Any]) -> dict[str, Any]:
+    """The options without FreeU, attention patches and concepts, which belong to the picture.
+
+    The encoder is trained on the plain UNet.
+    """
+    plain = {key: value for key, value in transformer_options.items() if not key.startswith("patches")}
+    wrappers = {kind: dict(keys) for kind, keys in transformer_options.get("wrappers", {}).items()}
+    wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).pop(EDITS, None)
+    return {**plain, "wrappers": wrappers}
 
 
 def _bare(conditioning: Conditioning) -> Conditioning:

@@ -88,12 +88,14 @@ class _Call:
 
     def __init__(self, edits: RankOneEdits, unet: nn.Module, options: Mapping[str, Any], run: _Run):
         self.edits, self.unet, self.run = edits, unet, run
-        self.chunks = tuple(options.get("uuids") or (None,))
+        # The host copies conditionings from one list to another, uuid included: only the list tells them apart.
+        ids = options.get("uuids") or (None,)
+        self.chunks = tuple(zip(options.get("cond_or_uncond") or [0] * len(ids), ids, strict=True))
         tags = options.get(_TAGS, {})
         self.superclass = [tags.get(chunk) for chunk in self.chunks]
         # Patches of other nodes may change the context from step to step; without uuids nobody knows.
         patched = any(name.startswith("attn2") for name in options.get("patches", ()))
-        self.made = {} if patched or self.chunks == (None,) else run.made
+        self.made = {} if patched or self.chunks[0][1] is None else run.made
         self.scores: dict[bool, Scores] = {}
         """Of the keys' input where it is the superclass prompt's (True), and of the prompt itself."""
 
@@ -187,8 +189,22 @@ def _start_run(executor, guider, sigmas, extra_args, *args, **kwargs):
 
 
 def _carry_tags(executor, model, conds, x, timestep, model_options, *args, **kwargs):
-    tags = {cond["uuid"]: cond[TAG] for entries in conds for cond in entries or () if TAG in cond}
+    tags = {
+        (position, cond["uuid"]): cond[TAG]
+        for position, entries in enumerate(conds)
+        for cond in entries or ()
+        if TAG in cond and _own_prompt(cond)
+    }
     if tags:
         options = model_options.get("transformer_options", {})
         model_options = {**model_options, "transformer_options": {**options, _TAGS: tags}}
     return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+
+
+def _own_prompt(cond: Mapping[str, Any]) -> bool:
+    """Whether a conditioning still has the prompt that it was made for.
+
+    For an area of one list the host adds an entry to the others: a copy with their prompt in it.
+    """
+    seen = cond.get("model_conds", {}).get("c_crossattn")
+    return seen is None or cond.get("cross_attn") is None or torch.equal(seen.cond.cpu(), cond["cross_attn"].cpu())

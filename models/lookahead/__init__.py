@@ -7,7 +7,7 @@ consistency model previews in one step from any timestep.
 """
 
 from .alignment import REFERENCE_POINTS, align_faces, crop, fit_similarity, transform_points, widened
-from .guidance import Row, few_step_weights, guidance_weights, lookahead_guidance, plain_weights, text_prediction
+from .guidance import Row, few_step_weights, guidance_weights, lookahead_guidance, plain_weights
 from .injection import (
     add_adapter,
     append_or_repeat,
@@ -51,7 +51,6 @@ __all__ = [
     "region_tokens",
     "shared_attention",
     "sharing_weights",
-    "text_prediction",
     "transform_points",
     "widened",
 ]

@@ -57,17 +57,6 @@ def lookahead_guidance(predictions: Mapping[Row, Tensor], weights: Mapping[Row, 
     return sum(weight * predictions[row] for row, weight in weights.items())
 
 
-def text_prediction(predictions: Mapping[Row, Tensor]) -> Tensor:
-    """The one that guidance is rescaled to: with shared attention where there is one, else the plain one.
-
-    The authors name a prediction there that their pipelines do not have.
-    """
-    text = predictions.get("shared_text", predictions.get("plain_text"))
-    if text is None:
-        raise ConfigError("guidance rescale needs a prediction with text; give the text or the full scale a value")
-    return text
-
-
 def _needed(weights: dict[Row, float]) -> dict[Row, float]:
     if not all(map(math.isfinite, weights.values())):
         raise ConfigError(f"guidance scales must be finite numbers, they give the weights {weights}")

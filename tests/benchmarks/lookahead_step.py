@@ -29,7 +29,7 @@ def measure(comfy, checkpoint, encoder, identity, side: int, rounds: int) -> dic
 
 
 def _measure(comfy, guider, observer, vae, picture, side: int, rounds: int) -> dict:
-    from comfyui_personalize.nodes.identity_attention import RUN
+    from comfyui_personalize.nodes.identity_attention import KEY, RUN
     from comfyui_personalize.nodes.lookahead_guider import ROWS
 
     found: dict = {"ours_vae": 0, "authors_vae": 1}
@@ -78,7 +78,8 @@ def _measure(comfy, guider, observer, vae, picture, side: int, rounds: int) -> d
             options = extra_args["model_options"]
             run = options["transformer_options"][RUN]
             if run.latents is None:
-                observer._prepare(run, wrap, noise, 0)
+                (start,) = observer.model_patcher.get_wrappers("sampler_sample", KEY)
+                start._prepare(run, inner, noise, 0)
             found["pair"] = compare(inner, x, sigma, options)
             return latent_image
 

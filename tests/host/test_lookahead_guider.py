@@ -170,6 +170,117 @@ def test_references_of_any_size_and_number(tools, person, side):
     assert tools.relative(together, expected) < 1e-4
 
 
+def prompt_batch(*conditionings):
+    """One conditioning with the rows of several."""
+    pooled = torch.cat([conditioning[0][1]["pooled_output"] for conditioning in conditionings])
+    embeds = torch.cat([conditioning[0][0] for conditioning in conditionings])
+    return [[embeds, {**conditionings[0][0][1], "pooled_output": pooled}]]
+
+
+@pytest.mark.parametrize("people", (1, 2))
+def test_several_pictures_go_with_the_prompt_of_their_row(tools, person, people):
+    scene = person(people=people, pictures=2)
+    start, alike = batch_of(tools, 2), {"reference_noise": "none"}
+    both = tools.guide(scene.guider(positive=prompt_batch(scene.positive, scene.negative), **alike), start=start)
+    for row, prompt in enumerate((scene.positive, scene.negative)):
+        identity = scene.only(row if people == 2 else 0)
+        alone = tools.guide(scene.guider(positive=prompt, identity=identity, **alike), start=start)
+        assert tools.relative(both[row], alone[row]) < 1e-4
+
+
+def sample_rows(comfy, guider, noise, sampler="euler", steps=3):
+    sigmas = comfy.samplers.KSampler(guider.model_patcher, steps, torch.device("cpu"), sampler, "normal").sigmas
+    sampler = comfy.samplers.sampler_object(sampler)
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+
+
+@pytest.mark.parametrize("side", ((8, 8), (12, 8)))
+def test_the_order_of_rows_does_not_matter(comfy, person, side):
+    scene = person(side=side)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    one, other = (sample_rows(comfy, scene.guider(), rows) for rows in (noise, noise.flip(0)))
+    assert float((other.flip(0) - one).abs().max() / one.abs().max()) < 1e-4
+
+
+def test_a_second_stage_without_noise_still_noises_the_reference(comfy, tools, person):
+    from comfyui_personalize.nodes.identity_attention import RUN
+
+    scene = person()
+    guider, seen = scene.guider(), []
+
+    def watch(executor, *args, **kwargs):
+        run = args[2]["model_options"]["transformer_options"][RUN]
+        seen.append(run.noise)
+        return executor(*args, **kwargs)
+
+    guider.model_patcher.add_wrapper_with_key("sampler_sample", "watch", watch)
+    sample_rows(comfy, guider, torch.zeros(1, 4, 8, 8))
+    assert float(seen[0].std()) == pytest.approx(1.0, abs=0.2)
+
+
+def test_areas_of_the_prompt_are_not_the_references(comfy, tools, person):
+    scene = person()
+    nodes = comfy.nodes
+    (part,) = nodes.ConditioningSetArea().append(scene.negative, 32, 32, 32, 32, 1.0)
+    (regional,) = nodes.ConditioningCombine().combine(scene.positive, part)
+    settings = {"encoder_prompt": scene.positive}
+    with tools.CountRows(scene.model) as rows:
+        got = tools.guide(scene.guider(positive=regional, **settings), steps=1)
+    assert rows[0] == 2 and sum(rows) == 2 + 4 + 4  # one encoder pass, the picture and the area
+    whole = tools.guide(scene.guider(**settings), steps=1)
+    assert tools.relative(got[..., :4, :4], whole[..., :4, :4]) < 1e-4 < tools.relative(got, whole)
+
+
+def test_a_region_is_cut_as_areas_are(comfy, tools, person):
+    """In an area that a region covers, it acts as if it covered everything; elsewhere not at all."""
+    scene = person()
+    (part,) = comfy.nodes.ConditioningSetArea().append(scene.positive, 32, 64, 32, 0, 1.0)
+    right = torch.zeros(1, 64, 64)
+    right[:, :, 32:] = 1
+    settings = {"positive": part, "negative": scene.negative, "few_step": True, "encoder_prompt": scene.positive}
+    covered, everywhere, nowhere = (
+        tools.guide(scene.guider(region=region, **settings), steps=1)
+        for region in (right, torch.ones(1, 64, 64), torch.zeros(1, 64, 64))
+    )
+    assert tools.relative(covered, everywhere) < 1e-4
+    assert tools.relative(nowhere, everywhere) > 1e-3
+
+
+def test_few_steps_with_everything_off_are_the_plain_model_in_any_sampler(tools, person):
+    scene = person()
+    for sampler in ("euler", "euler_cfg_pp"):
+        plain = tools.ksample(scene.model, scene.positive, scene.negative, cfg=1.0, sampler=sampler)
+        settings = {"few_step": True, "mode": "adapter only", "adapter_scale": 0.0}
+        assert torch.equal(tools.guide(scene.guider(**settings), sampler=sampler), plain), sampler
+
+
+def test_concepts_act_on_the_picture_alone(comfy, tools, person, load_helper):
+    from comfyui_personalize.nodes.guiding import SigmaRange
+    from comfyui_personalize.nodes.identity_attention import RUN
+    from comfyui_personalize.nodes.rank_one_edits import GatedConcept, attach
+
+    scene, kept = person(), []
+    clip = comfy.load("sdxl")[1]
+    concept = load_helper("host/concepts.py").make_concept(scene.model, clip, "<cup>", "cup")
+    edited = attach(scene.model, [GatedConcept(concept, 0.2, 0.1)], SigmaRange(0.0, 1.0))
+
+    def watch(executor, x, *args, **kwargs):
+        run = (args[4] if len(args) > 4 else kwargs["transformer_options"])[RUN]
+        kept.append({name: dict(blocks) for name, blocks in run.references.items()})
+        return executor(x, *args, **kwargs)
+
+    pictures = []
+    for model in (scene.model, edited):
+        guider = scene.guider(model)
+        guider.model_patcher.add_wrapper_with_key("diffusion_model", "watch", watch)
+        pictures.append(tools.guide(guider, steps=1))
+    plain, under = (next(one for one in calls if one) for calls in (kept[:2], kept[2:]))
+    for name, blocks in plain.items():
+        for block, pair in blocks.items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, under[name][block]))
+    assert tools.relative(pictures[1], pictures[0]) > 1e-3
+
+
 def test_strength_fades_evenly(tools, person):
     scene = person()
     off, on = (tools.guide(scene.guider(sharing_strength=strength), steps=1) for strength in (1e-4, 1.0))
@@ -305,6 +416,18 @@ def test_nothing_stays_on_the_model(comfy, tools, person):
     assert torch.equal(tools.ksample(scene.model, scene.positive, scene.negative), before)
 
 
+def test_guiders_that_are_dropped_leave_nothing_loaded(comfy, tools, person):
+    scene, memory = person(), comfy.model_management
+    memory.unload_all_models()
+    for seed in range(6):
+        tools.guide(scene.guider(), steps=1, seed=seed)
+    gc.collect()
+    assert len(memory.current_loaded_models) == 1
+    assert not any(loaded.is_dead() for loaded in memory.current_loaded_models)
+    memory.unload_all_models()
+    assert memory.current_loaded_models == []
+
+
 def test_an_error_inside_the_unet_leaves_no_hook(tools, person):
     scene = person()
     guider = scene.guider()
@@ -384,6 +507,34 @@ def test_sharing_needs_a_picture_and_a_trained_encoder(person):
     plain = replace(scene.encoder, lora={}, copies={block: (None, None) for block in scene.encoder.copies})
     assert "plain IP-Adapter" in refusal(ConfigError, lambda: scene.guider(encoder=plain))
     scene.guider(identity=bare, encoder=plain, mode="adapter only")
+
+
+def test_rescaling_needs_a_prediction_with_text(person):
+    from comfyui_personalize.models.errors import ConfigError
+
+    scene = person()
+    message = refusal(ConfigError, lambda: scene.guider(text_scale=0.0, full_scale=0.0, rescale=0.7))
+    assert "set rescale to 0" in message
+
+
+def test_an_attention_that_another_node_replaced_is_refused_where_it_matters(tools, person):
+    from comfyui_personalize.models.errors import ConfigError
+
+    scene = person()
+    model = scene.model.clone()
+    model.set_model_attn1_replace(lambda q, k, v, options: q, "middle", 0)
+    assert "adapter only" in refusal(ConfigError, lambda: tools.guide(scene.guider(model)))
+    assert tools.guide(scene.guider(model, mode="adapter only")).isfinite().all()
+
+
+def test_masks_that_do_not_go_with_the_batch_are_refused(tools, person):
+    from comfyui_personalize.models.errors import ConfigError
+
+    scene = person()
+    guider = scene.guider(region=torch.ones(2, 64, 64))
+    assert "2 masks for a batch of 3" in refusal(ConfigError, lambda: tools.guide(guider, start=batch_of(tools, 3)))
+    flat = tools.guide(scene.guider(region=torch.ones(64, 64)), steps=1)
+    assert tools.relative(flat, tools.guide(scene.guider(), steps=1)) < 1e-4
 
 
 def test_a_batch_of_another_size_than_the_people_is_refused(tools, person):

@@ -186,6 +186,22 @@ def test_global_locking_acts_and_one_node_does_the_same(comfy, tools, scene):
     assert torch.equal(latent["samples"], bound)
 
 
+def test_an_area_of_the_prompt_leaves_the_negative_prompt_alone(comfy, tools, scene):
+    """The host adds an area of one list to the other: a copy, by which neither keys nor edits may be mistaken."""
+    two = scene(count=2)
+    model, clip = two.apply()
+    (area,) = comfy.nodes.ConditioningSetArea().append(locked(two, "a {1}"), 32, 64, 0, 0, 1.0)
+    negative = encode(comfy, clip, "blurry")
+    together = tools.ksample(model, area, negative, steps=2)
+    apart = model.clone()
+    calc = comfy.samplers.calc_cond_batch
+    apart.model_options["sampler_calc_cond_batch_function"] = lambda args: [
+        calc(args["model"], [None] * index + [cond], args["input"], args["sigma"], args["model_options"])[index]
+        for index, cond in enumerate(args["conds"])
+    ]
+    assert tools.relative(tools.ksample(apart, area, negative, steps=2), together) < 1e-4
+
+
 def test_a_word_of_several_vectors_has_room_for_a_longer_superclass(comfy, scene):
     from dataclasses import replace
 

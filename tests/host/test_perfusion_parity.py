@@ -42,7 +42,7 @@ def predict(model, case, superclass=None):
 
     chunk = uuid.uuid4()
     wrappers = {kind: {KEY: model.get_wrappers(kind, KEY)} for kind in ("diffusion_model",)}
-    options = {"wrappers": wrappers, "uuids": [chunk], _TAGS: {} if superclass is None else {chunk: superclass}}
+    options = {"wrappers": wrappers, "uuids": [chunk], _TAGS: {} if superclass is None else {(0, chunk): superclass}}
     inputs = case.inputs
     return model.model.diffusion_model(
         inputs["x"], inputs["timesteps"], context=inputs["context"], transformer_options=options

@@ -11,7 +11,6 @@ from comfyui_personalize.models.lookahead import (
     guidance_weights,
     lookahead_guidance,
     plain_weights,
-    text_prediction,
 )
 
 ROWS = ("plain_uncond", "plain_text", "shared_uncond", "shared_text")
@@ -91,14 +90,3 @@ def test_a_missing_prediction_is_named(predictions):
 def test_scales_that_are_no_numbers_are_refused(scale):
     with pytest.raises(ConfigError, match="finite"):
         guidance_weights(3, scale, 2)
-
-
-def test_guidance_is_rescaled_to_the_text_prediction_it_is_steered_by(predictions):
-    assert text_prediction(predictions) is predictions["shared_text"]
-    del predictions["shared_text"]
-    assert text_prediction(predictions) is predictions["plain_text"]
-
-
-def test_rescaling_needs_a_prediction_with_text(predictions):
-    with pytest.raises(ConfigError, match="needs a prediction with text"):
-        text_prediction({"plain_uncond": predictions["plain_uncond"]})
