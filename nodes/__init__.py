@@ -20,6 +20,7 @@ from .preview_guidance import LookaheadPreviewGuidance
 from .preview_losses import ClipLossNode, IdentityLossNode, PictureLossNode
 from .prompts import PromptBatch
 from .train_dco import TrainDCO
+from .train_perfusion import EstimateTextCovariance, TrainPerfusion
 from .training_base import LoadTrainingBase, StopDVAR, StopFixed
 
 NODES: list[type[io.ComfyNode]] = [
@@ -30,6 +31,8 @@ NODES: list[type[io.ComfyNode]] = [
     StopFixed,
     StopDVAR,
     TrainDCO,
+    EstimateTextCovariance,
+    TrainPerfusion,
     ExportLoRA,
     ConvertLookaheadCheckpoint,
     LoadDCOLoRA,

@@ -9,12 +9,14 @@ IDENTITIES = "identities"
 FACE_NETWORKS = "arcface"
 FACE_MODELS = "insightface"
 CONCEPTS = "perfusion_concepts"
+COVARIANCES = "perfusion_covariances"
 ENDINGS = {
     ENCODERS: {".safetensors", ".pt", ".bin", ".pth"},
     IDENTITIES: {".safetensors"},
     FACE_NETWORKS: {".pth", ".pt", ".bin", ".safetensors"},
     FACE_MODELS: {".onnx"},
     CONCEPTS: {".safetensors", ".ckpt", ".pt"},
+    COVARIANCES: {".safetensors", ".npy"},
 }
 """Folder kind, which is also the folder's name below ``models``, -> endings of its files."""
 

@@ -17,17 +17,18 @@ from PIL import Image
 
 from ..models.errors import ConfigError
 from ..models.formats import safe_name
-from ..trainers.config import TrainConfig
 from ..trainers.output import OutputPlace
 from ..trainers.plots import loss_curve
 from . import _host
 
 _BOUNDS: dict[str, tuple[float, float, float]] = {
-    # name: smallest, largest, step; the config itself refuses what these would still let through
+    # name, or class.name where a class differs: smallest, largest, step; the config itself refuses what these would
+    # still let through
     "steps": (1, 1_000_000, 1),
     "batch_size": (1, 256, 1),
     "gradient_accumulation": (1, 256, 1),
     "learning_rate": (1e-8, 1.0, 1e-8),
+    "embedding_learning_rate": (1e-8, 1.0, 1e-8),
     "text_learning_rate": (1e-8, 1.0, 1e-8),
     "warmup_steps": (0, 100_000, 1),
     "weight_decay": (0.0, 1.0, 1e-6),
@@ -45,6 +46,11 @@ _BOUNDS: dict[str, tuple[float, float, float]] = {
     "beta": (-1.0, 100_000.0, 1.0),
     "rank": (1, 1024, 1),
     "prior_loss_weight": (0.0, 100.0, 0.01),
+    "PerfusionConfig.beta": (-2.0, 4.0, 0.01),
+    "tau": (0.001, 2.0, 0.001),
+    "ema_decay": (0.0, 0.9999, 0.0001),
+    "captions": (0, 100_000_000, 1),
+    "save_every": (0, 100_000_000, 1),
 }
 
 
@@ -61,7 +67,7 @@ def _explanations(config: type) -> dict[str, str]:
     return texts
 
 
-def widgets(config: type[TrainConfig], *names: str, **defaults: Any) -> list[io.Input]:
+def widgets(config: type, *names: str, **defaults: Any) -> list[io.Input]:
     """Widgets for some settings of a config class; ``defaults`` replaces the class's own where a node knows better."""
     kinds, texts = get_type_hints(config), _explanations(config)
     made = []
@@ -73,9 +79,10 @@ def widgets(config: type[TrainConfig], *names: str, **defaults: Any) -> list[io.
         elif kind is bool:
             made.append(io.Boolean.Input(name, default=default, tooltip=tooltip))
         elif kind is str:
-            made.append(io.String.Input(name, default=default, tooltip=tooltip))
+            lines = name == "templates"
+            made.append(io.String.Input(name, default=default, multiline=lines, tooltip=tooltip))
         else:
-            low, high, step = _BOUNDS[name]
+            low, high, step = _BOUNDS.get(f"{config.__name__}.{name}") or _BOUNDS[name]
             number = io.Int if kind is int else io.Float
             extra = {} if kind is int else {"round": False}
             if name == "seed":
@@ -104,12 +111,12 @@ def check_output_name(name: str | None) -> bool | str:
     return True
 
 
-def output_place(name: str, overwrite: bool) -> OutputPlace:
-    """The host's LoRA and embeddings folders, and a run folder under its output folder."""
+def output_place(name: str, overwrite: bool, kind: str = "loras") -> OutputPlace:
+    """The host's folders for LoRAs (or another kind of result) and embeddings, and a run folder below its output."""
     runs = Path(folder_paths.get_output_directory()) / "personalize"
     return OutputPlace(
         safe_name(name),
-        _host.save_folder("loras"),
+        _host.save_folder(kind),
         _host.save_folder("embeddings"),
         runs / safe_name(name),
         overwrite=overwrite,

@@ -3,4 +3,6 @@
 RECIPES = {
     "dco": "dco.train",
     "dco-sample": "dco.sample",
+    "perfusion": "perfusion.train",
+    "perfusion-covariance": "perfusion.covariance",
 }

@@ -5,9 +5,10 @@ from pathlib import Path
 import painting
 import thumbnails_dco
 import thumbnails_lookahead
+import thumbnails_perfusion
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-THUMBNAILS = thumbnails_dco.THUMBNAILS | thumbnails_lookahead.THUMBNAILS
+THUMBNAILS = thumbnails_dco.THUMBNAILS | thumbnails_lookahead.THUMBNAILS | thumbnails_perfusion.THUMBNAILS
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import layouts_dco
 import layouts_lookahead
+import layouts_perfusion
 
 TESTS = Path(__file__).resolve().parents[1]
 WORKFLOWS = TESTS.parent / "workflows"
@@ -28,6 +29,9 @@ SIZES = {
     "PersonalizePersonalizationDataset": (310, 340),
     "PersonalizeLoadTrainingBase": (310, 0),
     "PersonalizeTrainDCO": (440, 1020),
+    "PersonalizeTrainPerfusion": (440, 1100),
+    "PersonalizeLoadPerfusionConcept": (340, 0),
+    "PersonalizeKSamplerMultiConceptLocking": (360, 720),
     "PersonalizeLoadDCOLoRA": (340, 0),
     "PersonalizeRewardGuider": (340, 0),
     "PersonalizeKSamplerRewardGuidance": (340, 640),
@@ -66,9 +70,9 @@ COLOURS = {
 }
 
 # Groups from left to right; each is a list of columns, each column node ids from top to bottom. 0 is the note.
-LAYOUTS = layouts_dco.LAYOUTS | layouts_lookahead.LAYOUTS
-NOTES = layouts_dco.NOTES | layouts_lookahead.NOTES
-NOTE_SIZES = layouts_dco.NOTE_SIZES | layouts_lookahead.NOTE_SIZES
+LAYOUTS = layouts_dco.LAYOUTS | layouts_lookahead.LAYOUTS | layouts_perfusion.LAYOUTS
+NOTES = layouts_dco.NOTES | layouts_lookahead.NOTES | layouts_perfusion.NOTES
+NOTE_SIZES = layouts_dco.NOTE_SIZES | layouts_lookahead.NOTE_SIZES | layouts_perfusion.NOTE_SIZES
 
 ARRANGE = """({groups, sizes, colours, gaps, note}) => {
     const [gap, groupGap, title, groupTitle] = gaps;

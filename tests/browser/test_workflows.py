@@ -16,15 +16,24 @@ NAMES = (
     "lookahead_preview_guidance",
     "lookahead_saved_identity",
     "lookahead_style_grid",
+    "perfusion_train_concept",
+    "perfusion_two_concepts",
 )
 STAND_INS = (
     ("checkpoints", "sd_xl_base_1.0.safetensors"),
+    ("checkpoints", "v1-5-pruned-emaonly.safetensors"),
     ("loras", "my_dog.safetensors"),
     ("loras", "my_style.safetensors"),
     ("identities", "my_face.safetensors"),
+    ("perfusion_covariances", "C_inv.npy"),
+    ("perfusion_concepts", "my_teddy.safetensors"),
+    ("perfusion_concepts", "my_cat.safetensors"),
 )
 """Kinds and names of files that are only chosen from lists."""
-FILES_TO_CHOOSE = {"ckpt_name", "lora_name", "encoder_name", "clip_name", "identity_name", "image"}
+FILES_TO_CHOOSE = {"ckpt_name", "lora_name", "encoder_name", "clip_name", "identity_name", "image"} | {
+    "covariance_name",
+    "concept_name",
+}
 EXTENSION = "comfyui-personalize"
 BOXES = """() => app.graph._nodes.map(node => ({
     title: node.title,

@@ -7,15 +7,17 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from comfyui_personalize.models.lora import kohya_tensors
+from comfyui_personalize.models.tokens import LearnedToken
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 TRAININGS = [name for name in NAMES if "_train_" in name]
 SAMPLINGS = [name for name in NAMES if name not in TRAININGS]
 FIRST = {
-    "dco_reward_guidance": TRAININGS,
-    "dco_subject_in_style": TRAININGS,
+    "dco_reward_guidance": ["dco_train_style", "dco_train_subject"],
+    "dco_subject_in_style": ["dco_train_style", "dco_train_subject"],
     "lookahead_saved_identity": ["lookahead_face_to_portrait"],
+    "perfusion_two_concepts": ["perfusion_train_concept"],
 }
 """Workflows that save what another one reads."""
 
@@ -35,6 +37,18 @@ SMALL = {
         "preview_steps": 1,
         "overwrite": True,
     },
+    "PersonalizeTrainPerfusion": {
+        "covariance_name": "text_covariance.safetensors",
+        "steps": 2,
+        "batch_size": 1,
+        "gradient_accumulation": 1,
+        "resolution": SIDE,
+        "gradient_checkpointing": False,
+        "preview_every": 1,
+        "preview_steps": 1,
+        "overwrite": True,
+    },
+    "PersonalizeKSamplerMultiConceptLocking": {"steps": 2},
     "EmptyLatentImage": {"width": SIDE, "height": SIDE},
     "BasicScheduler": {"steps": 2},
     "PersonalizeKSamplerRewardGuidance": {"steps": 2},
@@ -90,6 +104,18 @@ def write_models(models: Path, lookahead) -> None:
     deltas = {f"unet.{name}": delta for name, delta in lookahead.make_encoder("sdxl", seed=1).lora.items()}
     (models / "loras").mkdir(parents=True, exist_ok=True)
     save_file(kohya_tensors(deltas, "sdxl"), models / "loras" / "lcm-lora-sdxl.safetensors")
+
+
+def write_concepts(models: Path, perfusion) -> None:
+    """What the Perfusion workflows read and do not make themselves.
+
+    Args:
+        perfusion: the module tests/tiny/perfusion.py.
+    """
+    perfusion.write_random_covariance(models / "perfusion_covariances" / "text_covariance.safetensors", "sdxl")
+    cat = LearnedToken("<cat>", "cat")
+    path = models / "perfusion_concepts" / "my_cat.safetensors"
+    perfusion.write_random_concept(path, models / "checkpoints" / CHECKPOINT, cat)
 
 
 def _blob(index: int) -> Image.Image:

@@ -28,6 +28,7 @@ def shipped(load_helper):
 def run_small(comfy_server, load_helper, shipped):
     """run_small(name) -> (graph, run, pictures of each saving node by its title); once per workflow."""
     shipped.write_models(comfy_server.base / "models", load_helper("tiny/lookahead.py"))
+    shipped.write_concepts(comfy_server.base / "models", load_helper("tiny/perfusion.py"))
     done = {}
 
     def run(name):
@@ -48,8 +49,8 @@ def run_small(comfy_server, load_helper, shipped):
 
 
 def test_there_are_trainings_and_samplings(shipped):
-    assert shipped.TRAININGS == ["dco_train_style", "dco_train_subject"]
-    assert shipped.SAMPLINGS == ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD]
+    assert shipped.TRAININGS == ["dco_train_style", "dco_train_subject", "perfusion_train_concept"]
+    assert shipped.SAMPLINGS == ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, "perfusion_two_concepts"]
 
 
 @pytest.mark.parametrize("name", ("dco_train_subject", "dco_train_style"))
@@ -76,7 +77,19 @@ def test_a_training_shows_and_saves_what_it_learned(run_small, shipped, comfy_se
     assert (models / "embeddings" / f"{settings['output_name']}.safetensors").exists() == (name == "dco_train_subject")
 
 
-@pytest.mark.parametrize("name", ("dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD))
+def test_a_concept_is_shown_and_saved(run_small, shipped, comfy_server):
+    graph, run, pictures = run_small("perfusion_train_concept")
+    assert len(pictures["Loss curve"]) == 1
+    assert pictures["Preview picture"][0].size == (2 * shipped.SIDE, shipped.SIDE)  # local and global key locking
+    ((key, _),) = shipped.nodes(graph, "PersonalizeTrainPerfusion").items()
+    assert run.previews and run.progress(key)[-1] == (2, 2)
+    path = comfy_server.base / "models" / "perfusion_concepts" / "my_teddy.safetensors"
+    assert path.stat().st_size < 100_000
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["personalize.tokens"])[0]["trigger"] == "<teddy>"
+
+
+@pytest.mark.parametrize("name", ("dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, "perfusion_two_concepts"))
 def test_a_sampling_makes_its_pictures(run_small, shipped, name):
     _, _, made = run_small(name)
     (pictures,) = made.values()
@@ -112,6 +125,9 @@ def test_a_sampling_makes_its_pictures(run_small, shipped, name):
         ("lookahead_saved_identity", "identity_scale", 0.0),
         ("lookahead_preview_guidance", "scale", 0.0),
         ("lookahead_preview_guidance", "lora_name", "none"),
+        ("perfusion_two_concepts", "beta", 2.0),
+        ("perfusion_two_concepts", "enabled", False),
+        ("perfusion_two_concepts", "global_locking", False),
     ],
 )
 def test_each_setting_is_felt(run_small, shipped, client, name, setting, value):
@@ -164,6 +180,16 @@ def test_the_shipped_settings_of_lookahead_are_the_authors(shipped):
             assert graph[sampling["encoder_prompt"][0]]["inputs"]["text"] == "a photo of a face"
     (freeu,) = shipped.nodes(shipped.api("lookahead_face_to_portrait"), "FreeU").values()
     assert {"b1": 1.0, "b2": 1.1, "s1": 1.0, "s2": 0.2}.items() <= freeu["inputs"].items()
+
+
+def test_the_shipped_settings_of_perfusion_are_the_authors(shipped):
+    """As in configs/perfusion_custom.yaml and the README of the authors; they sample with 50 DDIM steps."""
+    (trainer,) = shipped.nodes(shipped.api("perfusion_train_concept"), "PersonalizeTrainPerfusion").values()
+    expected = {"steps": 400, "learning_rate": 0.03, "embedding_learning_rate": 0.006, "batch_size": 4}
+    expected |= {"gradient_accumulation": 4, "beta": 0.75, "tau": 0.1, "ema_decay": 0.99, "weight_decay": 0.01}
+    assert expected.items() <= trainer["inputs"].items()
+    (sampler,) = shipped.nodes(shipped.api("perfusion_two_concepts"), "PersonalizeKSamplerMultiConceptLocking").values()
+    assert {"steps": 50, "cfg": 6.0, "sampler_name": "ddim"}.items() <= sampler["inputs"].items()
 
 
 def test_a_workflow_names_every_input_of_our_nodes(client, shipped):

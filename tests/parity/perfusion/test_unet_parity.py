@@ -11,13 +11,13 @@ from comfyui_personalize.models.perfusion import (
     EditSpace,
     Target,
     edit_space,
-    masked_loss,
     moved_target_input,
     read_concept,
     resize_mask,
 )
 from comfyui_personalize.models.schedules import NoiseSchedule
 from comfyui_personalize.trainers.conditioning import Conditioning, predict
+from comfyui_personalize.trainers.perfusion.step import perfusion_step
 from comfyui_personalize.trainers.rank_one_edits import RankOneEdits, cross_projections, project
 
 OUTPUT = ".target_output"
@@ -114,9 +114,15 @@ def test_training_steps(case, tiny_unet, ldm_unet):
         target_input = moved_target_input(target_input, context, rows, config["ema_p"])
         case.check(f"target_input_{step}", target_input)
         edits.space = space()
-        noisy = schedule.add_noise(given["latents"], given["noise"], given["timesteps"])
-        eps = predict(tiny_unet, noisy, given["timesteps"], Conditioning(context))
-        loss = masked_loss(eps, given["noise"], resize_mask(given["mask"], eps.shape[-2:]))
+        loss = perfusion_step(
+            tiny_unet,
+            schedule,
+            latents=given["latents"],
+            noise=given["noise"],
+            timesteps=given["timesteps"],
+            conditioning=Conditioning(context),
+            masks=resize_mask(given["mask"], given["latents"].shape[-2:]),
+        )
         optimizer.zero_grad()
         loss.backward()
         case.check(f"loss_{step}", loss)

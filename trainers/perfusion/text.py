@@ -1,0 +1,57 @@
+"""The text side of Perfusion training: prompts with the word as trained so far, and where the word stands in them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...models.families import Family
+from ...models.perfusion import concept_row
+from ...models.tokens import LearnedToken
+from ..text import LENGTH, PromptEmbeds, PromptEncoder, initializer_ids
+from .prompts import Prompt
+
+
+class ConceptText:
+    """Encodes prompts, and finds the row of their encoding that is the concept's."""
+
+    def __init__(self, family: Family, encoders: Sequence[torch.nn.Module], tokenizer, token: LearnedToken) -> None:
+        """Args: tokenizer: transformers' CLIPTokenizer."""
+        self._encoder = PromptEncoder(family, encoders, tokenizer, [token])
+        self._slot = family.encoders[0]
+        self._more = len(initializer_ids(token, tokenizer)) - 1
+        self._rows: dict[str, int] = {}
+
+    @property
+    def learned(self) -> dict[str, torch.nn.Parameter]:
+        """The word's rows by encoder key, (rows, dim) float32."""
+        return self._encoder.learned
+
+    def encode(self, prompts: Sequence[Prompt]) -> PromptEmbeds:
+        """Encodings of the prompts with the word, with gradient to its rows."""
+        return self._encoder.encode([prompt.text for prompt in prompts])
+
+    def encode_frozen(self, texts: Sequence[str]) -> PromptEmbeds:
+        """Encodings without gradient, on the CPU."""
+        return self._encoder.encode_frozen(list(texts))
+
+    def rows(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Row of the word's first vector in each prompt, (prompts,).
+
+        Raises:
+            DatasetError: a prompt lacks the word among the tokens that are read.
+        """
+        return torch.tensor([self._row(prompt.text) for prompt in prompts])
+
+    def superclass_rows(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Row of the superclass in each prompt with it, (prompts,).
+
+        Of several tokens it is the last one, the only one that has read them all.
+        """
+        return (self.rows(prompts) + self._more).clamp(max=LENGTH - 2)
+
+    def _row(self, text: str) -> int:
+        if text not in self._rows:
+            ids = self._encoder.token_ids(text, self._slot)
+            self._rows[text] = concept_row(ids, len(self._encoder.table(self._slot.key)))
+        return self._rows[text]
