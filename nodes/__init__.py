@@ -19,6 +19,7 @@ from .perfusion import (
 from .preview_guidance import LookaheadPreviewGuidance
 from .preview_losses import ClipLossNode, IdentityLossNode, PictureLossNode
 from .prompts import PromptBatch
+from .scores import PersonalizationScores
 from .train_dco import TrainDCO
 from .train_perfusion import EstimateTextCovariance, TrainPerfusion
 from .training_base import LoadTrainingBase, StopDVAR, StopFixed
@@ -55,6 +56,7 @@ NODES: list[type[io.ComfyNode]] = [
     PerfusionTextEncode,
     KSamplerMultiConceptLocking,
     PerfusionEDMSchedule,
+    PersonalizationScores,
 ]
 
 

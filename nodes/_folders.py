@@ -10,6 +10,7 @@ FACE_NETWORKS = "arcface"
 FACE_MODELS = "insightface"
 CONCEPTS = "perfusion_concepts"
 COVARIANCES = "perfusion_covariances"
+JUDGES = "scoring"
 ENDINGS = {
     ENCODERS: {".safetensors", ".pt", ".bin", ".pth"},
     IDENTITIES: {".safetensors"},
@@ -17,6 +18,7 @@ ENDINGS = {
     FACE_MODELS: {".onnx"},
     CONCEPTS: {".safetensors", ".ckpt", ".pt"},
     COVARIANCES: {".safetensors", ".npy"},
+    JUDGES: {".safetensors", ".bin"},
 }
 """Folder kind, which is also the folder's name below ``models``, -> endings of its files."""
 

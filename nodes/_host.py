@@ -13,7 +13,7 @@ import comfy.utils
 import folder_paths
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.errors import FormatError, PersonalizeError
 from . import _folders
@@ -92,6 +92,14 @@ def free_vram() -> None:
     comfy.model_management.unload_all_models()
     gc.collect()
     comfy.model_management.soft_empty_cache()
+
+
+def device_with_room(network: nn.Module) -> torch.device:
+    """The host's device, on which the host's models have made room for a network of ours."""
+    memory = comfy.model_management
+    device = memory.get_torch_device()
+    memory.free_memory(memory.module_size(network) + memory.minimum_inference_memory(), device)
+    return device
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class FaceCropAndAlign(io.ComfyNode):
                 io.Image.Input("images", tooltip="One picture or a batch; the order is kept."),
                 io.Combo.Input(
                     "model_folder",
-                    options=[AUTO, *_model_folders()],
+                    options=[AUTO, *face_model_folders()],
                     default=AUTO,
                     tooltip="Folder in models/insightface with a face detector. auto takes buffalo_l if it is there. "
                     "Nothing is downloaded.",
@@ -113,7 +113,7 @@ class FaceCropAndAlign(io.ComfyNode):
     def validate_inputs(cls, model_folder=None, framing=None, face=None, faceless=None, device=None) -> bool | str:
         return first_refusal(
             [
-                known("folder of face models", model_folder, [AUTO, *_model_folders()]),
+                known("folder of face models", model_folder, [AUTO, *face_model_folders()]),
                 known("framing", framing, get_args(Framing)),
                 known("choice of a face", face, get_args(Choice)),
                 known("treatment of faceless pictures", faceless, FACELESS),
@@ -166,7 +166,7 @@ class FaceCropAndAlign(io.ComfyNode):
         return io.NodeOutput(batch, missed == 0, total, "\n".join(lines))
 
 
-def _model_folders() -> dict[str, Path]:
+def face_model_folders() -> dict[str, Path]:
     """Folders with ONNX files in the host's folder for insightface, by the names in the list."""
     found = {}
     for root in folder_paths.get_folder_paths(FACE_MODELS):
@@ -178,7 +178,7 @@ def _model_folders() -> dict[str, Path]:
 
 def _chosen_folder(name: str) -> Path:
     """The folder of that name, or for ``auto`` the one that looks most as if it held a detector."""
-    folders = _model_folders()
+    folders = face_model_folders()
     if name != AUTO:
         if name not in folders:
             raise FormatError(f"there is no folder {name!r} with ONNX files in models/insightface; choose another one")

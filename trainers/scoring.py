@@ -69,7 +69,8 @@ class ClipJudge:
     name: str
     network: nn.Module
     preprocessing: Preprocessing
-    tokenizer: Any
+    tokenizer: Path | None
+    """Folder of the tokenizer, which is opened for texts alone; None stands for the one that load_tokenizer builds."""
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -80,11 +81,12 @@ class ClipJudge:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(texts, dim), float32 on the CPU; of a text, CLIP reads its first 75 tokens."""
+        """(texts, dim), float32 on the CPU; of a text, CLIP reads its first 75 tokens. Errors as load_tokenizer."""
+        tokenizer = load_tokenizer(self.tokenizer)
         longest = self.network.config.text_config.max_position_embeddings
         rows = []
         for text in texts:
-            ids = self.tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").input_ids
+            ids = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt").input_ids
             hidden = self.network.text_model(input_ids=ids.to(self.network.device)).pooler_output
             rows.append(self.network.text_projection(hidden).float().cpu())
         return torch.cat(rows)
@@ -135,7 +137,7 @@ def load_clip_judge(folder: Path, tokenizer: Path | None = None) -> ClipJudge:
     network = _loaded(CLIPModel, folder)
     preprocessing = _preprocessing(folder, network.config.vision_config.image_size, _CLIP_COLOURS)
     own = any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-    return ClipJudge(folder.name, network, preprocessing, load_tokenizer(folder if own else tokenizer))
+    return ClipJudge(folder.name, network, preprocessing, folder if own else tokenizer)
 
 
 def load_dino_judge(folder: Path) -> DinoJudge:
