@@ -105,11 +105,18 @@ def frozen(network: nn.Module) -> comfy.model_patcher.ModelPatcher:
 
 @dataclass
 class _Run:
-    """What one sampling run knows: the picture around an inpainting mask, and the adapters' cache."""
+    """What one sampling run knows: its noise levels, the picture around an inpainting mask, the adapters' cache."""
 
+    sigmas: list[float]
     mask: Tensor | None
     around: Tensor | None
     cache: RunCache = field(default_factory=DifferentiableCache)
+
+    def taken(self, sigma: Tensor) -> float:
+        """Which part of a change at this noise level, (batch,), the sampler takes until the next one."""
+        now = float(sigma[0])
+        following = max((level for level in self.sigmas if level < now * (1 - 1e-4)), default=0.0)
+        return 1 - following / now
 
 
 class PreviewGuidance:
@@ -144,12 +151,10 @@ class PreviewGuidance:
     def begin(self, executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs):
         """Wrapper of a whole run: remembers what an inpainting mask keeps."""
         options = extra_args["model_options"].setdefault("transformer_options", {})
-        options[self.id] = _Run(denoise_mask, latent_image)
+        options[self.id] = _Run(sigmas.tolist(), denoise_mask, latent_image)
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
 
-    def predict(
-        self, executor, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None
-    ):
+    def predict(self, executor, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None = None):
         """Wrapper of a prediction: the denoised latent, (batch, channels, height, width), that the sampler follows."""
         denoised = executor(x, timestep, model_options, seed)
         guider = executor.class_obj
@@ -157,12 +162,12 @@ class PreviewGuidance:
             return denoised
         _host.raise_if_interrupted()
         with _host.leave_inference_mode():
-            shift = self._shift(guider, x, denoised, timestep, model_options or {})
+            shift = self._shift(guider, x, denoised, timestep, model_options)
         return denoised + shift.to(denoised)
 
     def _shift(self, guider, x: Tensor, denoised: Tensor, sigma: Tensor, options: dict) -> Tensor:
         model = guider.inner_model
-        run = options.get("transformer_options", {}).get(self.id) or _Run(None, None)
+        run = options["transformer_options"][self.id]
         x, sigma = x.clone(), sigma.clone()  # made in inference mode
         networks = [patcher.model for patcher in self.networks]
         if not self.through_model:
@@ -176,7 +181,8 @@ class PreviewGuidance:
                 latents = self._look_ahead(guider, run, x, None, sigma, options)
                 gradient, losses = self._picture_gradient(model, run, latents)
                 gradient = gradient_before(latents, x, gradient)
-        return guided_shift(gradient, losses, self.scale, None if run.mask is None else run.mask.clone())
+        region = None if run.mask is None else run.mask.clone()
+        return guided_shift(gradient, losses, self.scale, taken=run.taken(sigma), region=region)
 
     def _look_ahead(
         self, guider, run: _Run, x: Tensor, denoised: Tensor | None, sigma: Tensor, options: dict
@@ -184,7 +190,7 @@ class PreviewGuidance:
         """Final latents as the consistency model sees them from here."""
         model = guider.inner_model
         if self.lcm is not None or denoised is None:
-            transformer_options = switched_on(options.get("transformer_options", {}), self.lcm, run.cache)
+            transformer_options = switched_on(options["transformer_options"], self.lcm, run.cache)
             transformer_options.setdefault("optimized_attention_override", differentiable_attention)
             options = {**options, "transformer_options": transformer_options}
             entries = [self._entry(cond) for cond in guider.conds["positive"]]

@@ -94,17 +94,20 @@ def gradient_before(latents: Tensor, source: Tensor, gradient: Tensor) -> Tensor
     return before.float() * size
 
 
-def guided_shift(gradient: Tensor, losses: Tensor, scale: float, region: Tensor | None = None) -> Tensor:
-    """What to add to the denoised latents: -g · min(s / rms(g), L / ‖g‖²) for each sample.
+def guided_shift(
+    gradient: Tensor, losses: Tensor, scale: float, *, taken: float = 1.0, region: Tensor | None = None
+) -> Tensor:
+    """What to add to the denoised latents: -g · min(s / rms(g), L / (r ‖g‖²)) for each sample.
 
     The first bound gives the shift the root mean square ``scale``, in standard deviations of a latent, which is
-    about 1. A sampler takes the part 1 - σ_next / σ of it in each step; over a run that sums up to about
+    about 1. A sampler takes the part r = 1 - σ_next / σ of it in each step; over a run that sums up to about
     scale · ln(σ_first / σ_last), however many steps there are. The second bound ends where the loss, taken for
     linear, would be zero (Polyak's step), so that a large scale does not overshoot what has been reached.
 
     Args:
         gradient: g, (batch, channels, height, width).
         losses: L, (batch,), not negative.
+        taken: r, in (0, 1].
         region: part that may change, 0 to 1, broadcastable to the gradient; its size is what the mean is taken over.
 
     Returns:
@@ -113,7 +116,8 @@ def guided_shift(gradient: Tensor, losses: Tensor, scale: float, region: Tensor 
     gradient = gradient.float()
     squares = gradient.square().flatten(1).sum(1)
     count = gradient[0].numel() if region is None else (region > 0).expand_as(gradient).flatten(1).sum(1).clamp_min(1)
-    step = torch.minimum(scale * (count / squares).sqrt(), losses.float().to(squares).clamp_min(0) / squares)
+    reach = losses.float().to(squares).clamp_min(0) / taken / squares
+    step = torch.minimum(scale * (count / squares).sqrt(), reach)
     usable = torch.isfinite(squares) & (squares > 0) & torch.isfinite(step)
     per_sample = (-1, *[1] * (gradient.ndim - 1))
     shift = -step.reshape(per_sample) * gradient

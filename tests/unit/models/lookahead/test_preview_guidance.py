@@ -125,6 +125,9 @@ def test_a_shift_ends_where_the_loss_would_be_zero():
     gradient = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
     shift = guided_shift(gradient, torch.tensor([10.0]), 1e6)
     torch.testing.assert_close(shift.flatten(), torch.tensor([-1.2, -1.6]))
+    # A sampler that takes a quarter of a shift needs four times as much of it.
+    shift = guided_shift(gradient, torch.tensor([10.0]), 1e6, taken=0.25)
+    torch.testing.assert_close(shift.flatten(), torch.tensor([-4.8, -6.4]))
     assert not guided_shift(gradient, torch.zeros(1), 1e6).any()
 
 
@@ -139,7 +142,7 @@ def test_only_the_region_counts_for_the_size():
     region = torch.zeros(1, 1, 4, 4)
     region[..., :2] = 1
     gradient = draws(2, 4, 4, 4) * region
-    shift = guided_shift(gradient, torch.full((2,), 1e9), 0.5, region)
+    shift = guided_shift(gradient, torch.full((2,), 1e9), 0.5, region=region)
     assert not shift[..., 2:].any()
     torch.testing.assert_close(rms(shift[..., :2]), torch.full((2,), 0.5))
 
