@@ -117,6 +117,11 @@ def open_base(
     return TrainingBase(**{**_fields(base), **changes})
 
 
+def load_other_vae(path: str | Path, family: Family, dtype: torch.dtype, device: torch.device | str) -> Autoencoder:
+    """An autoencoder besides a base's own, such as a TAESD for quick previews; errors as open_base."""
+    return load_autoencoder(_open_vae(Path(path), family), family, dtype, device)
+
+
 def _fields(base: TrainingBase) -> dict[str, object]:
     return {name: getattr(base, name) for name in TrainingBase.__dataclass_fields__}
 

@@ -75,6 +75,7 @@ def train_loop(
     device: torch.device,
     state: Mapping[str, Stateful] | None = None,
     clip_also: Sequence[Tensor] = (),
+    clip_only: Callable[[], Sequence[Tensor] | None] | None = None,
     after_step: Callable[[], None] | None = None,
     stopping: StoppingRule | None = None,
     evaluation: Evaluation | None = None,
@@ -93,6 +94,8 @@ def train_loop(
             must come from ``state`` objects.
         state: what decides the coming batches (generator, order), saved with every checkpoint.
         clip_also: tensors whose gradients count in the clipping norm although they are not trained.
+        clip_only: asked after the backward passes of each step: the tensors that are clipped, by their norm; None is
+            all.
         after_step: called after every optimizer step, for instance to retract embeddings.
         evaluation: the recipe's objective on the batch that the stopping rule asks for.
         run_folder: where the log, the previews and the training states go; None keeps nothing.
@@ -163,7 +166,7 @@ def train_loop(
             if loss is None:
                 result.stopped_by = "cancelled"
                 break
-            norm = _synchronize_and_clip(config, trained, clip_also, optimizer, scaler, ranks)
+            norm = _synchronize_and_clip(config, trained, clip_also, clip_only, optimizer, scaler, ranks)
             if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
                 result.stopped_by = "nan"
                 break
@@ -293,8 +296,8 @@ def _accumulate(config, step, scaler, progress, ranks) -> float | None:
     return total
 
 
-def _synchronize_and_clip(config, trained, clip_also, optimizer, scaler, ranks) -> Tensor:
-    """Average the gradients over the ranks, undo the loss scale and clip; the norm before clipping."""
+def _synchronize_and_clip(config, trained, clip_also, clip_only, optimizer, scaler, ranks) -> Tensor:
+    """Average the gradients over the ranks, undo the loss scale and clip; all gradients' norm before clipping."""
     if ranks.count > 1:
         average_gradients([*trained, *clip_also], ranks)
     scaler.unscale_(optimizer)
@@ -302,7 +305,12 @@ def _synchronize_and_clip(config, trained, clip_also, optimizer, scaler, ranks) 
         for tensor in clip_also:
             if tensor.grad is not None:
                 tensor.grad.div_(scaler.get_scale())
-    return clip_gradients([*trained, *clip_also], config.max_grad_norm)
+    some = clip_only() if clip_only is not None else None
+    if some is None:
+        return clip_gradients([*trained, *clip_also], config.max_grad_norm)
+    norm = clip_gradients([*trained, *clip_also], 0.0)
+    clip_gradients(some, config.max_grad_norm)
+    return norm
 
 
 def peak_memory(device: torch.device) -> int:

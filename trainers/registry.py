@@ -3,6 +3,7 @@
 RECIPES = {
     "dco": "dco.train",
     "dco-sample": "dco.sample",
+    "lookahead": "lookahead.train",
     "perfusion": "perfusion.train",
     "perfusion-covariance": "perfusion.covariance",
 }

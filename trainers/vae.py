@@ -56,15 +56,18 @@ class Autoencoder:
             posterior = self.module.encode(images).latent_dist
         return posterior.mean.float() * self.latent_scale, posterior.std.float() * self.latent_scale
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures in -1..1, float32, from scaled latents."""
+    def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
+        """Pictures in -1..1, float32, from scaled latents; unless clamped they may reach a little beyond.
+
+        Where a clamp takes hold, no gradient passes.
+        """
         latents = latents.to(self.device, torch.float32) / self.latent_scale
         with torch.autocast(self.device.type, enabled=False):
             if self.raw_scale is not None:
                 images = self.module.decoder(((latents - self.raw_shift) * self.raw_scale).to(self.dtype))
             else:
                 images = self.module.decode(latents.to(self.dtype)).sample
-        return images.float().clamp(-1, 1)
+        return images.float().clamp(-1, 1) if clamp else images.float()
 
 
 def load_autoencoder(

@@ -33,6 +33,8 @@ ONLY_INSIDE_A_FUNCTION = {
     "onnxruntime": {"models/faces.py"},  # comes with insightface
     "bitsandbytes": {"trainers/"},
     "prodigyopt": {"trainers/"},
+    "dreamsim": {"trainers/lookahead/"},
+    "lpips": {"trainers/lookahead/"},
 }
 HEAVY = {"diffusers", "transformers", "peft", "accelerate", "insightface", "bitsandbytes"}
 # Modules that ComfyUI reads while it starts: nothing that they reach may import a heavy package.

@@ -9,7 +9,7 @@ import torch
 
 from comfyui_personalize.models.errors import DatasetError
 from comfyui_personalize.models.lookahead import REFERENCE_POINTS, widened
-from comfyui_personalize.trainers.lookahead_data import (
+from comfyui_personalize.trainers.lookahead.data import (
     REFERENCE_WORD,
     TARGET_WORD,
     FaceSet,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from comfyui_personalize.models.lookahead import kept_tokens
-from comfyui_personalize.trainers.identity_attention import IdentityAttention, drop_tokens
+from comfyui_personalize.trainers.lookahead.identity_attention import IdentityAttention, drop_tokens
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

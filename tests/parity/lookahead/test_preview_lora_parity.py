@@ -5,7 +5,7 @@ import torch
 
 from comfyui_personalize.models.lora import parse_lora
 from comfyui_personalize.trainers.adapters import with_prefix_removed
-from comfyui_personalize.trainers.identity_attention import PREVIEW, IdentityAttention
+from comfyui_personalize.trainers.lookahead.identity_attention import PREVIEW, IdentityAttention
 
 
 @pytest.mark.golden("lookahead", "15_*")

@@ -16,7 +16,7 @@ from comfyui_personalize.models.lookahead import (
 )
 from comfyui_personalize.models.schedules import NoiseSchedule
 from comfyui_personalize.trainers.conditioning import Conditioning
-from comfyui_personalize.trainers.identity_attention import IdentityAttention
+from comfyui_personalize.trainers.lookahead.identity_attention import IdentityAttention
 from comfyui_personalize.trainers.sampling import sample
 
 PROMPTS = ("uncond", "text")

@@ -15,8 +15,8 @@ from comfyui_personalize.models.schedules import NoiseSchedule
 from comfyui_personalize.trainers.adapters import with_prefix_removed
 from comfyui_personalize.trainers.clip_vision import clip_pictures
 from comfyui_personalize.trainers.conditioning import Conditioning
-from comfyui_personalize.trainers.identity_attention import IdentityAttention
-from comfyui_personalize.trainers.lookahead_step import Rows, denoise, look_ahead, trained_parameters
+from comfyui_personalize.trainers.lookahead.identity_attention import IdentityAttention
+from comfyui_personalize.trainers.lookahead.step import Rows, denoise, look_ahead, trained_parameters
 from comfyui_personalize.trainers.optimizer import clip_gradients
 
 PAD = 200

@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.lookahead import add_adapter, attention, shared_attention
-from ..models.lookahead.encoder_parts import KeyValueCopy
+from ...models.lookahead import add_adapter, attention, shared_attention
+from ...models.lookahead.encoder_parts import KeyValueCopy
 
 KeysValues = Mapping[str, tuple[Tensor, Tensor]]
 """Transformer block -> keys and values for its attention, each (batch or 1, tokens, heads * dim)."""

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.lookahead import Resampler, kept_tokens, preview
-from ..models.schedules import NoiseSchedule
-from .conditioning import Conditioning
+from ...models.lookahead import Resampler, kept_tokens, preview
+from ...models.lookahead.losses import noise_loss, weighted_noise_loss
+from ...models.schedules import NoiseSchedule
+from ..conditioning import Conditioning
 from .identity_attention import IdentityAttention, drop_tokens
 
 Uniform = Callable[[str, int], Tensor]
@@ -112,6 +113,11 @@ def look_ahead(
     """
     latents = preview(schedule, denoised.prediction, denoised.noisy, timesteps)
     return latents, decode(latents)
+
+
+def noise_term(name: str, prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """The denoising loss of that name; ``weights``, (batch,), are for ``weighted_noise``."""
+    return noise_loss(prediction, target) if name == "noise" else weighted_noise_loss(prediction, target, weights)
 
 
 def trained_parameters(

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from ..models.errors import ConfigError, DatasetError
+from ...models.errors import ConfigError, DatasetError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 CONCEPT = "conceptname"
@@ -165,26 +165,53 @@ class People:
         return {filled(prompt, word) for prompt in own for word in (TARGET_WORD, REFERENCE_WORD)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class FaceDataSettings:
+    """Which pictures to learn from, and how they are drawn."""
+
+    sets: tuple[FaceSet, ...]
+    """Folders of pictures."""
+    balance: bool = False
+    """Draw from every set alike, however many pictures it has; else every picture is met once in a pass."""
+    crop_heads: bool = False
+    """Show the encoder heads, upright and cut out, where a face is found."""
+    random_target_chance: float = 0.0
+    """Chance that the target shows somebody else, which teaches when not to copy the reference."""
+    prompt: str = "a photo of a face"
+    """For pictures whose names tell none."""
+
+    def __post_init__(self) -> None:
+        if not self.sets:
+            raise ConfigError("data has no sets; add [[data.sets]] with a folder")
+        if not 0 <= self.random_target_chance <= 1:
+            raise ConfigError(f"data.random_target_chance must be between 0 and 1, got {self.random_target_chance!r}")
+
+    def open(self) -> "FaceData":
+        """Look at all folders; errors as People."""
+        return FaceData(self, [People(one, self.prompt) for one in self.sets])
+
+
 class FaceData:
     """Several sets as one, in the order given."""
 
-    def __init__(self, sets: Sequence[People]):
-        self.sets = list(sets)
+    def __init__(self, settings: FaceDataSettings, sets: Sequence[People]):
+        self.settings, self.sets = settings, list(sets)
         self._starts = [sum(len(one.pictures) for one in self.sets[:index]) for index in range(len(self.sets))]
 
     def __len__(self) -> int:
         return sum(len(one.pictures) for one in self.sets)
 
-    def pair(self, index: int, random_target_chance: float, generator: torch.Generator) -> FacePair:
+    def pair(self, index: int, generator: torch.Generator) -> FacePair:
         """As People.pair, of the set that picture ``index`` belongs to."""
         which = max(number for number, start in enumerate(self._starts) if start <= index)
-        return self.sets[which].pair(index - self._starts[which], random_target_chance, generator)
+        return self.sets[which].pair(index - self._starts[which], self.settings.random_target_chance, generator)
 
     def prompts(self) -> list[str]:
+        """All that ``pair`` can give."""
         return sorted(set().union(*(one.prompts() for one in self.sets)))
 
     def chances(self) -> torch.Tensor:
-        """Of each picture in balanced draws: a set's weight, shared evenly among its pictures. Float64, sum 1."""
+        """Of each picture in balanced draws: a set's weight, shared evenly among its pictures; float64, with sum 1."""
         weights = [
             torch.full((len(one.pictures),), one.settings.weight / len(one.pictures), dtype=torch.float64)
             for one in self.sets
@@ -194,12 +221,14 @@ class FaceData:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of names, sizes, people and prompts."""
+        """Identity of names, sizes, people, prompts and of how they are drawn."""
         hasher = hashlib.sha256()
+        told = self.settings
+        hasher.update(repr((told.balance, told.crop_heads, told.random_target_chance)).encode())
         for one in self.sets:
-            hasher.update(
-                repr((one.settings.weight, one.settings.only_vanilla_references, one.settings.augment)).encode()
-            )
+            told = one.settings
+            flags = told.weight, told.only_vanilla_references, told.augment, told.only_target_prompts
+            hasher.update(repr(flags).encode())
             for picture in one.pictures:
                 entry = picture.name, picture.path.stat().st_size, picture.prompt, picture.identity
                 hasher.update(repr(entry).encode())

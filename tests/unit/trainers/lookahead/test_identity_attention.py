@@ -14,7 +14,7 @@ from comfyui_personalize.models.lora import LowRankDelta
 from comfyui_personalize.trainers.adapters import set_lora
 from comfyui_personalize.trainers.base import open_base
 from comfyui_personalize.trainers.conditioning import Conditioning, predict
-from comfyui_personalize.trainers.identity_attention import ENCODER, IdentityAttention, drop_tokens
+from comfyui_personalize.trainers.lookahead.identity_attention import ENCODER, IdentityAttention, drop_tokens
 
 BLOCK = "up_blocks.0.attentions.0.transformer_blocks.0"
 PREVIEWED = (

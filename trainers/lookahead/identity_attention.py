@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models.errors import ConfigError
-from ..models.lookahead.encoder import LookaheadEncoder
-from ..models.lookahead.encoder_parts import KeyValueCopy
-from ..models.lora import LowRankDelta
-from .adapters import set_lora
-from .conditioning import Conditioning, predict
+from ...models.errors import ConfigError
+from ...models.lookahead.encoder import LookaheadEncoder
+from ...models.lookahead.encoder_parts import KeyValueCopy
+from ...models.lora import LowRankDelta
+from ..adapters import set_lora
+from ..conditioning import Conditioning, predict
 from .identity_processors import (
     AttentionPass,
     IdentityProcessor,
