@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .convert_lookahead import ConvertLookaheadCheckpoint
 from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
+from .dvar import TrainDreamBoothLoRA, TrainTextualInversion
 from .export_lora import ExportLoRA
 from .faces import FaceCropAndAlign
 from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveIdentity
@@ -32,6 +33,8 @@ NODES: list[type[io.ComfyNode]] = [
     StopFixed,
     StopDVAR,
     TrainDCO,
+    TrainTextualInversion,
+    TrainDreamBoothLoRA,
     EstimateTextCovariance,
     TrainPerfusion,
     ExportLoRA,

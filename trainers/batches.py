@@ -27,6 +27,8 @@ class LatentBatch:
     """(rows, 6), SDXL's size conditioning."""
     masks: Tensor | None
     """(rows, 1, height, width), 1 where the picture counts; None when no picture has a mask."""
+    prefixes: list[str]
+    """What augmentations have the captions begin with, for every row."""
 
 
 class LatentBatches:
@@ -65,6 +67,7 @@ class LatentBatches:
             torch.cat([timesteps for _, _, timesteps in parts]),
             torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
             stack_masks(samples),
+            [sample.prefix for sample in samples],
         )
 
     def _rows(self, cache: LatentCache, indices: list[int]) -> tuple[list[LatentSample], Tensor, Tensor]:

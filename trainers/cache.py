@@ -1,7 +1,7 @@
 """Latents of every training picture, encoded once, so that the VAE can leave before training begins."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, Self
 
 import torch
@@ -48,6 +48,18 @@ class LatentSample:
     """(1, height, width) in 0..1; None when no picture of the cache has a mask."""
     time_ids: tuple[int, int, int, int, int, int]
     """SDXL's original height and width, crop top and left, target height and width."""
+    prefix: str = ""
+    """What an augmentation has the caption begin with."""
+
+
+class Augmentation(Protocol):
+    """Makes further variants of a cut, which training draws like other cuts; the cut itself comes first."""
+
+    variants: int
+
+    def __call__(self, cut: Cut, generator: torch.Generator) -> tuple[Cut, str]:
+        """A changed cut, and what its caption begins with."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class _Variant:
     std: Tensor
     mask: Tensor | None
     time_ids: tuple[int, int, int, int, int, int]
+    prefix: str = ""
 
 
 class LatentCache:
@@ -81,6 +94,7 @@ class LatentCache:
         seed: int = 0,
         size_conditioning: SizeConditioning = "square",
         shrink_mask: ShrinkMask = average_cells,
+        augmentation: Augmentation | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Encode every example, one cut at a time, so that memory does not depend on how many there are.
@@ -93,6 +107,7 @@ class LatentCache:
             size_conditioning: "square" tells SDXL that every picture has the training size and is uncut,
                 as the authors of DCO do; "true" tells it the picture's own size and the cut's position.
             shrink_mask: how masks come to the size of latents.
+            augmentation: adds variants of every different cut.
             progress: told after each picture, and asked before each cut whether to stop.
 
         Raises:
@@ -103,12 +118,12 @@ class LatentCache:
         if crop == "center":
             variants = 1
         progress = progress or SilentProgress()
-        generator = torch.Generator().manual_seed(seed)
+        generator, further = (torch.Generator().manual_seed(seed) for _ in range(2))
         cached = []
         for done, example in enumerate(examples, start=1):
             opened = example.open()
             cuts = []
-            encoded: dict[tuple[tuple[int, int], bool], _Variant] = {}
+            encoded: dict[tuple[tuple[int, int], bool], list[_Variant]] = {}
             for _ in range(variants):
                 # The mirror image shows the same part of the picture: its cut is drawn from the same state.
                 state = generator.get_state()
@@ -119,8 +134,14 @@ class LatentCache:
                     cut = opened.cut(size, crop=crop, flip=mirrored, generator=generator)
                     place = cut.crop_top_left, mirrored
                     if place not in encoded:  # a square picture has but one cut, however often it is drawn
-                        encoded[place] = _encode(cut, vae, example.picture.name, size_conditioning, shrink_mask)
-                    cuts.append(encoded[place])
+                        encoded[place] = [_encode(cut, vae, example.picture.name, size_conditioning, shrink_mask)]
+                        for _ in range(augmentation.variants if augmentation else 0):
+                            if progress.cancelled():
+                                raise Cancelled(f"cancelled while encoding {example.picture.name}")
+                            changed, prefix = augmentation(cut, further)
+                            variant = _encode(changed, vae, example.picture.name, size_conditioning, shrink_mask)
+                            encoded[place].append(replace(variant, prefix=prefix))
+                    cuts += encoded[place]
             cached.append(cuts)
             progress.report(done, len(examples), f"encoding pictures: {example.picture.name}")
         return cls(cached)
@@ -159,7 +180,7 @@ class LatentCache:
         mask = variant.mask
         if mask is None and self.has_masks:
             mask = torch.ones(1, *variant.mean.shape[-2:])
-        return LatentSample(variant.mean + variant.std * noise, mask, variant.time_ids)
+        return LatentSample(variant.mean + variant.std * noise, mask, variant.time_ids, variant.prefix)
 
 
 def stack_masks(samples: Sequence["LatentSample | _Variant"]) -> Tensor | None:

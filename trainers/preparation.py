@@ -12,7 +12,7 @@ from ..models.dvar import EvaluationBatch
 from ..models.schedules import NoiseSchedule
 from .base import TrainingBase, open_base
 from .batches import LatentBatches
-from .cache import LatentCache
+from .cache import Augmentation, LatentCache
 from .checkpoint import GeneratorState, check_states
 from .config import TrainConfig
 from .dataset import Dataset
@@ -189,6 +189,7 @@ def prepare(
     *,
     text: Callable[..., TextSide],
     main: bool = True,
+    augmentation: Augmentation | None = None,
     first_prompt: str = "",
 ) -> Prepared | Outcome:
     """Check everything that can be checked, then cache latents and encodings and load the UNet.
@@ -199,6 +200,7 @@ def prepare(
         text: makes the text side, of ``(config, tokenizer, prompts=…, device=…, generator=…)``; the config is the
             resolved one.
         main: whether a file is written besides the embeddings.
+        augmentation: of the pictures of the dataset, not of its class.
         first_prompt: of previews, where the settings name none; empty takes the first caption.
 
     Returns:
@@ -240,7 +242,7 @@ def prepare(
             "seed": config.seed,
             "progress": progress,
         }
-        latents = LatentCache.build(dataset.examples, vae, **cuts)
+        latents = LatentCache.build(dataset.examples, vae, augmentation=augmentation, **cuts)
         class_latents = LatentCache.build(dataset.class_examples, vae, **cuts) if dataset.class_examples else None
         vae = vae.parked(dtype) if config.preview_every and ranks.is_writer else None
         free_memory(device)

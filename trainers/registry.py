@@ -3,6 +3,8 @@
 RECIPES = {
     "dco": "dco.train",
     "dco-sample": "dco.sample",
+    "textual-inversion": "dvar.textual_inversion",
+    "dreambooth": "dvar.dreambooth",
     "lookahead": "lookahead.train",
     "perfusion": "perfusion.train",
     "perfusion-covariance": "perfusion.covariance",

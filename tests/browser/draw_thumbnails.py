@@ -4,11 +4,17 @@ from pathlib import Path
 
 import painting
 import thumbnails_dco
+import thumbnails_dvar
 import thumbnails_lookahead
 import thumbnails_perfusion
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-THUMBNAILS = thumbnails_dco.THUMBNAILS | thumbnails_lookahead.THUMBNAILS | thumbnails_perfusion.THUMBNAILS
+THUMBNAILS = (
+    thumbnails_dco.THUMBNAILS
+    | thumbnails_dvar.THUMBNAILS
+    | thumbnails_lookahead.THUMBNAILS
+    | thumbnails_perfusion.THUMBNAILS
+)
 
 
 def main() -> None:

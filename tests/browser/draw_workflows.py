@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import layouts_dco
+import layouts_dvar
 import layouts_lookahead
 import layouts_perfusion
 
@@ -29,6 +30,8 @@ SIZES = {
     "PersonalizePersonalizationDataset": (310, 340),
     "PersonalizeLoadTrainingBase": (310, 0),
     "PersonalizeTrainDCO": (440, 1020),
+    "PersonalizeTrainTextualInversion": (440, 900),
+    "PersonalizeStopDVAR": (440, 0),
     "PersonalizeTrainPerfusion": (440, 1100),
     "PersonalizeLoadPerfusionConcept": (340, 0),
     "PersonalizeKSamplerMultiConceptLocking": (360, 720),
@@ -70,9 +73,11 @@ COLOURS = {
 }
 
 # Groups from left to right; each is a list of columns, each column node ids from top to bottom. 0 is the note.
-LAYOUTS = layouts_dco.LAYOUTS | layouts_lookahead.LAYOUTS | layouts_perfusion.LAYOUTS
-NOTES = layouts_dco.NOTES | layouts_lookahead.NOTES | layouts_perfusion.NOTES
-NOTE_SIZES = layouts_dco.NOTE_SIZES | layouts_lookahead.NOTE_SIZES | layouts_perfusion.NOTE_SIZES
+LAYOUTS = layouts_dco.LAYOUTS | layouts_dvar.LAYOUTS | layouts_lookahead.LAYOUTS | layouts_perfusion.LAYOUTS
+NOTES = layouts_dco.NOTES | layouts_dvar.NOTES | layouts_lookahead.NOTES | layouts_perfusion.NOTES
+NOTE_SIZES = (
+    layouts_dco.NOTE_SIZES | layouts_dvar.NOTE_SIZES | layouts_lookahead.NOTE_SIZES | layouts_perfusion.NOTE_SIZES
+)
 
 ARRANGE = """({groups, sizes, colours, gaps, note}) => {
     const [gap, groupGap, title, groupTitle] = gaps;

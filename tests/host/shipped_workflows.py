@@ -37,6 +37,16 @@ SMALL = {
         "preview_steps": 1,
         "overwrite": True,
     },
+    "PersonalizeTrainTextualInversion": {
+        "steps": 2,
+        "batch_size": 1,
+        "resolution": SIDE,
+        "gradient_checkpointing": False,
+        "preview_every": 1,
+        "preview_steps": 1,
+        "overwrite": True,
+    },
+    "PersonalizeStopDVAR": {"preset": "custom", "window": 1},
     "PersonalizeTrainPerfusion": {
         "covariance_name": "text_covariance.safetensors",
         "steps": 2,

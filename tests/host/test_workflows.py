@@ -49,7 +49,12 @@ def run_small(comfy_server, load_helper, shipped):
 
 
 def test_there_are_trainings_and_samplings(shipped):
-    assert shipped.TRAININGS == ["dco_train_style", "dco_train_subject", "perfusion_train_concept"]
+    assert shipped.TRAININGS == [
+        "dco_train_style",
+        "dco_train_subject",
+        "dvar_train_textual_inversion",
+        "perfusion_train_concept",
+    ]
     assert shipped.SAMPLINGS == ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, "perfusion_two_concepts"]
 
 
@@ -75,6 +80,17 @@ def test_a_training_shows_and_saves_what_it_learned(run_small, shipped, comfy_se
         key: settings[key] for key in ("rank", "offset_noise", "beta")
     }
     assert (models / "embeddings" / f"{settings['output_name']}.safetensors").exists() == (name == "dco_train_subject")
+
+
+def test_a_word_is_shown_and_saved(run_small, shipped, comfy_server):
+    graph, run, pictures = run_small("dvar_train_textual_inversion")
+    assert [len(pictures[title]) for title in ("Loss curve", "Preview picture")] == [1, 1]
+    ((key, _),) = shipped.nodes(graph, "PersonalizeTrainTextualInversion").items()
+    assert run.previews and run.progress(key)[-1][0] >= 1
+    path = comfy_server.base / "models" / "embeddings" / "my_word.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["personalize.tokens"])[0]["rows"] == 2
+    assert not (comfy_server.base / "models" / "loras" / "my_word.safetensors").exists()
 
 
 def test_a_concept_is_shown_and_saved(run_small, shipped, comfy_server):

@@ -1,0 +1,18 @@
+"""Prompts around a new word, so that training tells the word from the way it is shown."""
+
+from itertools import product
+from typing import Literal
+
+Kind = Literal["object", "style"]
+
+_VIEWS = ("photo", "close-up photo", "dark photo", "bright photo", "cropped photo", "picture", "rendering")
+_WORDS = ("a", "the", "my", "one", "a nice", "a clean", "a small", "the large", "the cool", "the weird")
+_WORKS = ("painting", "rendering", "picture", "drawing", "still life", "portrait", "landscape", "cropped painting")
+_TRAITS = ("a", "the", "a nice", "a dark", "a bright", "a small", "a large", "one")
+
+
+def templates(kind: Kind) -> tuple[str, ...]:
+    """Sentences with one ``{}`` for the word: it names an object, or the style of a work (arXiv 2208.01618)."""
+    if kind == "object":
+        return tuple(f"a {view} of {word} {{}}" for view, word in product(_VIEWS, _WORDS))
+    return tuple(f"{trait} {work} in the style of {{}}" for trait, work in product(_TRAITS, _WORKS))

@@ -1,0 +1,1 @@
+"""Textual Inversion, DreamBooth-LoRA and Custom Diffusion, the trainings that DVAR stops (arXiv 2302.04841)."""

@@ -1,0 +1,106 @@
+"""Settings of the three trainings; defaults follow the authors (yandex-research/DVAR, README.md)."""
+
+from dataclasses import dataclass, field
+
+from ..config import TrainConfig
+from ..prompts import PromptSource
+from ..settings import OutputSettings, RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(TrainConfig):
+    """What the three have in common."""
+
+    batch_size: int = 2
+    """Pictures per forward pass and process."""
+    scale_learning_rate: bool = True
+    """Multiply the rate by batch size, accumulation and number of processes."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay; it also acts on the tokens."""
+    max_grad_norm: float = 0.0
+    """The gradients' common norm is clipped to this; 0 turns clipping off, as the authors train."""
+    flip: bool = True
+    """Also train on mirrored pictures; wrong for lettering and asymmetric subjects."""
+    prompts: PromptSource = "object"
+    """Where prompts come from: sentences around the token that name an object or a style, or the captions."""
+    class_word: str = ""
+    """What follows the token in those sentences, such as dog; empty leaves the token alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversionConfig(MethodConfig):
+    """Learned tokens and nothing else (arXiv 2208.01618)."""
+
+    steps: int = 6100
+    """Optimizer steps."""
+    learning_rate: float = 5e-3
+    """Peak rate of the tokens, before it is scaled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothConfig(MethodConfig):
+    """A LoRA on the UNet, and the dataset's tokens (arXiv 2208.12242)."""
+
+    learning_rate: float = 5e-4
+    """Peak rate of the LoRA and of the tokens, before it is scaled."""
+    rank: int = 4
+    """Rank of the LoRA; file size and memory grow with it."""
+    prior_loss_weight: float = 1.0
+    """Weight of the class pictures' loss, when the dataset has class pictures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1 <= self.rank <= 1024, "rank", "between 1 and 1024")
+        self._require(self.prior_loss_weight >= 0, "prior_loss_weight", "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothRun(RunSettings):
+    """A whole DreamBooth-LoRA training from the command line."""
+
+    train: DreamBoothConfig = field(default_factory=DreamBoothConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomDiffusionConfig(MethodConfig):
+    """Keys and values of cross-attention, and the dataset's tokens (arXiv 2212.04488)."""
+
+    steps: int = 500
+    """Optimizer steps."""
+    learning_rate: float = 1e-5
+    """Peak rate of keys, values and tokens, before it is scaled; doubled where there are class pictures."""
+    max_grad_norm: float = 1.0
+    """The gradients' common norm is clipped to this; 0 turns clipping off."""
+    prior_loss_weight: float = 1.0
+    """Weight of the class pictures' loss, when the dataset has class pictures."""
+    rescale_variants: int = 12
+    """Copies of each picture at random sizes, captioned far away or zoomed in; 0 makes none."""
+    save_authors_file: bool = False
+    """Also write the weights and tokens as delta.bin, which the authors' code reads."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.prior_loss_weight >= 0, "prior_loss_weight", "0 or more")
+        self._require(0 <= self.rescale_variants <= 1024, "rescale_variants", "between 0 and 1024")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomDiffusionOutput(OutputSettings):
+    """Where a Custom Diffusion goes."""
+
+    kind = "custom_diffusion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomDiffusionRun(RunSettings):
+    """A whole Custom Diffusion from the command line."""
+
+    output: CustomDiffusionOutput
+    train: CustomDiffusionConfig = field(default_factory=CustomDiffusionConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversionRun(RunSettings):
+    """A whole Textual Inversion from the command line."""
+
+    train: TextualInversionConfig = field(default_factory=TextualInversionConfig)
