@@ -142,7 +142,6 @@ def test_a_sampling_makes_its_pictures(run_small, shipped, name):
         ("lookahead_preview_guidance", "scale", 0.0),
         ("lookahead_preview_guidance", "lora_name", "none"),
         ("perfusion_two_concepts", "beta", 2.0),
-        ("perfusion_two_concepts", "enabled", False),
         ("perfusion_two_concepts", "global_locking", False),
     ],
 )
