@@ -5,7 +5,6 @@ import uuid
 from pathlib import Path
 
 import pytest
-import torch
 
 pytestmark = pytest.mark.parity
 
