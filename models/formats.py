@@ -7,7 +7,7 @@ import struct
 import unicodedata
 import uuid
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -167,16 +167,24 @@ def write_safetensors(
     The file appears under its name only after everything has reached the disk. Raises ConfigError when
     the name is taken and ``overwrite`` is false, FormatError when the disk refuses; neither leaves a trace.
     """
-    path = Path(path)
-    refuse_taken(path, overwrite=overwrite)
     contiguous = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
+    return _write_whole(Path(path), overwrite, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
+
+
+def write_torch_file(path: Path, contents: Mapping[str, Any], *, overwrite: bool = False) -> Path:
+    """The same for a legacy .bin file of tensors in plain dictionaries."""
+    return _write_whole(Path(path), overwrite, lambda temporary: torch.save(dict(contents), temporary))
+
+
+def _write_whole(path: Path, overwrite: bool, write: Callable[[Path], None]) -> Path:
+    refuse_taken(path, overwrite=overwrite)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".{path.stem[:40]}.{uuid.uuid4().hex}.partial"
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = temporary.stat().st_mode
-        save_file(contiguous, temporary, metadata=dict(metadata))
+        write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         # safetensors may have put a file of its own there, which only its owner can read.

@@ -3,9 +3,10 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .convert_lookahead import ConvertLookaheadCheckpoint
+from .custom_diffusion import LoadCustomDiffusion
 from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
-from .dvar import TrainDreamBoothLoRA, TrainTextualInversion
+from .dvar import TrainCustomDiffusion, TrainDreamBoothLoRA, TrainTextualInversion
 from .export_lora import ExportLoRA
 from .faces import FaceCropAndAlign
 from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveIdentity
@@ -35,12 +36,14 @@ NODES: list[type[io.ComfyNode]] = [
     TrainDCO,
     TrainTextualInversion,
     TrainDreamBoothLoRA,
+    TrainCustomDiffusion,
     EstimateTextCovariance,
     TrainPerfusion,
     ExportLoRA,
     ConvertLookaheadCheckpoint,
     LoadDCOLoRA,
     LoadLearnedTokens,
+    LoadCustomDiffusion,
     RewardGuiderNode,
     KSamplerRewardGuidance,
     LoadLookaheadEncoder,

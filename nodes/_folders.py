@@ -10,6 +10,7 @@ FACE_NETWORKS = "arcface"
 FACE_MODELS = "insightface"
 CONCEPTS = "perfusion_concepts"
 COVARIANCES = "perfusion_covariances"
+CUSTOM_DIFFUSIONS = "custom_diffusion"
 JUDGES = "scoring"
 ENDINGS = {
     ENCODERS: {".safetensors", ".pt", ".bin", ".pth"},
@@ -18,6 +19,7 @@ ENDINGS = {
     FACE_MODELS: {".onnx"},
     CONCEPTS: {".safetensors", ".ckpt", ".pt"},
     COVARIANCES: {".safetensors", ".npy"},
+    CUSTOM_DIFFUSIONS: {".safetensors", ".bin", ".pt"},
     JUDGES: {".safetensors", ".bin"},
 }
 """Folder kind, which is also the folder's name below ``models``, -> endings of its files."""

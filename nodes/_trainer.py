@@ -46,6 +46,7 @@ _BOUNDS: dict[str, tuple[float, float, float]] = {
     "beta": (-1.0, 100_000.0, 1.0),
     "rank": (1, 1024, 1),
     "prior_loss_weight": (0.0, 100.0, 0.01),
+    "rescale_variants": (0, 1024, 1),
     "PerfusionConfig.beta": (-2.0, 4.0, 0.01),
     "tau": (0.001, 2.0, 0.001),
     "ema_decay": (0.0, 0.9999, 0.0001),

@@ -3,9 +3,10 @@
 from comfy_api.latest import io
 
 from ..models.errors import ConfigError
-from ..trainers.dvar.config import DreamBoothConfig, TextualInversionConfig
+from ..trainers.dvar.config import CustomDiffusionConfig, DreamBoothConfig, TextualInversionConfig
 from . import _sockets, _trainer
 from ._choices import first_refusal, known_settings
+from ._folders import CUSTOM_DIFFUSIONS
 
 # Append only: workflows store widget values by position.
 _FIRST = ("steps", "learning_rate", "prompts", "class_word")
@@ -16,6 +17,10 @@ _LAST = (
     "checkpoint_every", "checkpoint_limit", "resume",
 )  # fmt: skip
 _TEXTUAL_INVERSION = (*_FIRST, *_LAST)
+_CUSTOM_DIFFUSION = (
+    *_FIRST, "prior_loss_weight", "rescale_variants", *(name for name in _LAST if name != "snr_gamma"), "optimizer",
+    "save_precision", "save_authors_file",
+)  # fmt: skip
 _DREAMBOOTH = (*_FIRST, "rank", "prior_loss_weight", *_LAST, "optimizer", "save_precision", "bundle_tokens")
 
 
@@ -131,6 +136,66 @@ class TrainDreamBoothLoRA(io.ComfyNode):
         config = DreamBoothConfig(**settings)
         place = _trainer.output_place(output_name, overwrite)
         from ..trainers.dvar.dreambooth import train
+
+        def run(**surroundings):
+            return train(config, base, dataset, place, stopping=stopping, **surroundings)
+
+        return _trainer.run_training(cls, run)
+
+
+class TrainCustomDiffusion(io.ComfyNode):
+    """Teach keys and values of cross-attention, and words if there are any."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeTrainCustomDiffusion",
+            display_name="Train Custom Diffusion",
+            category="personalize/training",
+            description="Trains how the model reads prompts, the keys and values of its cross-attention, and new "
+            "words. Best with class pictures. Load the file with Load Custom Diffusion.",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            inputs=_inputs(
+                CustomDiffusionConfig,
+                _CUSTOM_DIFFUSION,
+                io.String.Input(
+                    "output_name",
+                    default="my_dog",
+                    tooltip="Name of the file in models/custom_diffusion and of the embedding file.",
+                ),
+            ),
+            outputs=[
+                io.Custom("COMBO,STRING").Output(
+                    display_name="custom_name",
+                    tooltip="Name of the trained file; connect it to Load Custom Diffusion's custom_name.",
+                ),
+                *_trainer.OUTPUTS[1:],
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        output_name=None,
+        prompts=None,
+        precision=None,
+        lr_schedule=None,
+        crop=None,
+        keep=None,
+        optimizer=None,
+        save_precision=None,
+    ) -> bool | str:
+        chosen = {"prompts": prompts, "precision": precision, "lr_schedule": lr_schedule, "crop": crop, "keep": keep}
+        chosen |= {"optimizer": optimizer, "save_precision": save_precision}
+        return first_refusal([_trainer.check_output_name(output_name), known_settings(CustomDiffusionConfig, **chosen)])
+
+    @classmethod
+    def execute(cls, base, dataset, output_name, overwrite=False, stopping=None, **settings) -> io.NodeOutput:
+        _refuse_unknown("Train Custom Diffusion", settings, _CUSTOM_DIFFUSION)
+        config = CustomDiffusionConfig(**settings)
+        place = _trainer.output_place(output_name, overwrite, CUSTOM_DIFFUSIONS)
+        from ..trainers.dvar.custom_diffusion import train
 
         def run(**surroundings):
             return train(config, base, dataset, place, stopping=stopping, **surroundings)

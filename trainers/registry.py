@@ -5,6 +5,7 @@ RECIPES = {
     "dco-sample": "dco.sample",
     "textual-inversion": "dvar.textual_inversion",
     "dreambooth": "dvar.dreambooth",
+    "custom-diffusion": "dvar.custom_diffusion",
     "lookahead": "lookahead.train",
     "perfusion": "perfusion.train",
     "perfusion-covariance": "perfusion.covariance",

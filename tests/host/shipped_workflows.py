@@ -46,7 +46,7 @@ SMALL = {
         "preview_steps": 1,
         "overwrite": True,
     },
-    "PersonalizeStopDVAR": {"preset": "custom", "window": 1},
+    "PersonalizeStopDVAR": {"preset": "custom", "window": 2},
     "PersonalizeTrainPerfusion": {
         "covariance_name": "text_covariance.safetensors",
         "steps": 2,

@@ -90,6 +90,24 @@ def test_a_dreambooth_lora_loads_with_its_word(comfy, train, sampled):
     assert picture.isfinite().all() and not torch.equal(picture, sampled(model, loaded[1], "a <dog>"))
 
 
+def test_a_custom_diffusion_loads_as_patches_on_a_clone(comfy, train, sampled):
+    from comfyui_personalize.models.errors import IncompatibleModelError
+    from comfyui_personalize.nodes.custom_diffusion import LoadCustomDiffusion
+    from comfyui_personalize.nodes.dvar import TrainCustomDiffusion
+
+    output = train(TrainCustomDiffusion, "custom", "sdxl", learning_rate=1e-2, rescale_variants=0)
+    model, clip, _ = comfy.load("sdxl")
+    before = sampled(model, clip, "a dog")
+    whole, taught, tokens = LoadCustomDiffusion.execute(model, output.result[0], 1.0, clip).result
+    assert tokens == "<dog>"
+    picture = sampled(whole, taught, "a <dog>")
+    assert picture.isfinite().all() and not torch.equal(picture, sampled(model, taught, "a <dog>"))
+    off = LoadCustomDiffusion.execute(model, output.result[0], 0.0).result[0]
+    assert torch.equal(sampled(off, clip, "a dog"), before) and torch.equal(sampled(model, clip, "a dog"), before)
+    with pytest.raises(IncompatibleModelError, match="does not fit this model; load the checkpoint family that it was"):
+        LoadCustomDiffusion.execute(comfy.load("sd15")[0], output.result[0], 1.0)
+
+
 def test_settings_that_no_widget_has_are_refused(train):
     from comfyui_personalize.models.errors import ConfigError
     from comfyui_personalize.nodes.dvar import TrainTextualInversion

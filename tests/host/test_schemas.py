@@ -19,6 +19,7 @@ HOST_LISTS = {
     "vae_name",
     "lora_name",
     "embedding_name",
+    "custom_name",
     "encoder_name",
     "face_network",
     "identity_name",

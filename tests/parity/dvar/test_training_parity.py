@@ -1,15 +1,22 @@
 """Whole training steps of the three methods against the authors' code, on their tiny models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from comfyui_personalize.models.custom_diffusion import read_custom_diffusion, write_authors_file
 from comfyui_personalize.models.denoising import denoising_error
+from comfyui_personalize.models.formats import read_torch_file
+from comfyui_personalize.models.learned_embeddings import read_learned_embeddings
 from comfyui_personalize.models.schedules import NoiseSchedule
 from comfyui_personalize.trainers.conditioning import Conditioning, predict
 from comfyui_personalize.trainers.config import TrainConfig
-from comfyui_personalize.trainers.optimizer import ParameterGroup, make_optimizer
+from comfyui_personalize.trainers.dvar.config import CustomDiffusionConfig
+from comfyui_personalize.trainers.dvar.custom_diffusion import attach_keys_and_values, custom_loss, learning_rate
+from comfyui_personalize.trainers.optimizer import ParameterGroup, clip_gradients, make_optimizer
 from comfyui_personalize.trainers.ranks import Ranks
 from comfyui_personalize.trainers.text import LearnedTokenEmbedding
 
@@ -80,3 +87,76 @@ def test_the_weights_of_the_two_trainings_are_complete(case):
     table = models.embedding.weight
     assert case.config["placeholder_token_id"] == len(table)
     assert any(torch.equal(models.embedding.learned[0], row) for row in table)
+
+
+@pytest.mark.golden("dvar", "custom_train_steps")
+def test_custom_diffusion_steps(case):
+    models, config = Models(case), case.config
+    token, projections = models.embedding.learned, attach_keys_and_values(models.unet)
+    optimizer = optimizer_of(config, {"token": token, **projections})
+    for step in range(config["steps"]):
+        prediction, target = models.prediction_and_target(case.inputs, step)
+        batch = SimpleNamespace(masks=case.inputs[f"mask_{step}"], draws=range(len(prediction) // 2))
+        loss = custom_loss(CustomDiffusionConfig(), prediction, target, batch, None)
+        loss.backward()
+        case.check(f"loss_{step}", loss)
+        clip_gradients([token, *projections.values()], config["clip_norm"])
+        case.check(f"grad_concept_token_{step}_clipped", token.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        case.check(f"concept_token_{step}", token)
+    for name, parameter in projections.items():
+        case.check(f"unet_final.{name}", parameter)
+
+
+@pytest.mark.golden("dvar", "custom_trainable_names")
+def test_what_custom_diffusion_trains(case):
+    tiny = UNet2DConditionModel(**case.config["unet_config"]).requires_grad_(False)
+    assert sorted(attach_keys_and_values(tiny)) == sorted(case.config["tiny"])
+    assert sorted(n for n, p in tiny.named_parameters() if p.requires_grad) == sorted(case.config["tiny"])
+    with torch.device("meta"):
+        full = UNet2DConditionModel(cross_attention_dim=768).requires_grad_(False)
+    found = {name: list(parameter.shape) for name, parameter in attach_keys_and_values(full).items()}
+    assert found == case.config["sd15"]
+    case.check("n_sd15", torch.tensor(len(found)))
+    case.check("n_sd15_elements", torch.tensor(sum(height * width for height, width in found.values())))
+
+
+@pytest.mark.golden("dvar", "lr_scaling")
+def test_learning_rates(case):
+    class Some(Ranks):
+        pass
+
+    rates = []
+    for scaled, prior, rate, accumulation, batch, processes in case.inputs["settings"].tolist():
+        config = CustomDiffusionConfig(
+            learning_rate=rate,
+            scale_learning_rate=bool(scaled),
+            gradient_accumulation=int(accumulation),
+            batch_size=int(batch),
+        )
+        dataset, ranks = SimpleNamespace(class_examples=(1,) if prior else ()), Some()
+        ranks.count = int(processes)
+        parameter = {"p": torch.nn.Parameter(torch.zeros(1))}
+        group = ParameterGroup("unet", parameter, learning_rate(config, dataset), 0.0)
+        rates.append(make_optimizer(config, [group], ranks).param_groups[0]["lr"])
+    case.check("lr", torch.tensor(rates, dtype=case.expected["lr"].dtype))
+
+
+@pytest.mark.golden("dvar", "saved_files")
+def test_the_authors_files_are_read_and_written(case, tmp_path):
+    words, delta = (case.file(name) for name in case.config["files"])
+    (word,) = read_learned_embeddings(words)
+    assert list(case.config["embeds_layout"]) == [word.trigger]
+    case.check("learned_embeds", word.rows["any"])
+    changed = read_custom_diffusion(delta)
+    assert changed.weights.keys() == case.config["delta_layout"]["unet"].keys()
+    for name, weight in changed.weights.items():
+        case.check(f"delta.unet.{name}", weight)
+    case.check("delta.modifier_token", changed.tokens[0].rows["any"][0])
+
+    again = read_torch_file(write_authors_file(tmp_path / "delta.bin", changed))
+    original = read_torch_file(delta)
+    assert again.keys() == original.keys()
+    for part, values in original.items():
+        assert all(torch.equal(again[part][name], value) for name, value in values.items())

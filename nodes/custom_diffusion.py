@@ -1,0 +1,93 @@
+"""Custom Diffusion in the host: weights of cross-attention replaced by patches, on a clone."""
+
+from comfy_api.latest import io
+
+from ..models.custom_diffusion import CustomDiffusion, read_custom_diffusion
+from ..models.errors import IncompatibleModelError
+from . import _host
+from ._choices import known
+from ._folders import CUSTOM_DIFFUSIONS
+from .learned_tokens import teach
+from .switchable_lora import require_unet
+from .unet_names import host_names
+
+
+def patched(model, changed: CustomDiffusion, strength: float, name: str):
+    """A clone whose keys and values go from the model's own, at strength 0, to the trained ones, at 1.
+
+    Raises:
+        IncompatibleModelError: the UNet lacks a layer, or has it in another size.
+    """
+    names = host_names(model)
+    own = {key.removeprefix("diffusion_model."): value for key, value in model.model_state_dict().items()}
+    patches = {}
+    for parameter, weight in changed.weights.items():
+        place = names.get(parameter.removesuffix(".weight"))
+        found = own.get(f"{place}.weight")
+        if found is None or found.shape != weight.shape:
+            raise IncompatibleModelError(
+                f"{name}: {parameter} of size {tuple(weight.shape)} does not fit this model; load the checkpoint "
+                "family that it was trained on"
+            )
+        patches[f"diffusion_model.{place}.weight"] = ("diff", (weight,))
+    clone = model.clone()
+    clone.add_patches(patches, strength, 1.0 - strength)
+    return clone
+
+
+class LoadCustomDiffusion(io.ComfyNode):
+    """Put a Custom Diffusion on a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeLoadCustomDiffusion",
+            display_name="Load Custom Diffusion",
+            category="personalize/tokens",
+            description="Replaces keys and values of a model's cross-attention by trained ones, and teaches the CLIP "
+            "the words trained with them. Reads the authors' delta.bin as well.",
+            inputs=[
+                io.Model.Input("model", tooltip="The checkpoint that it was trained on."),
+                io.Combo.Input(
+                    "custom_name",
+                    options=_host.model_files(CUSTOM_DIFFUSIONS),
+                    tooltip="The trained file, from the folder models/custom_diffusion.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="0 keeps the model's own keys and values, 1 takes the trained ones; between lies between.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoders. Without it no word is loaded.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.String.Output(display_name="tokens", tooltip="The words to use in prompts, separated by commas."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, custom_name=None) -> bool | str:
+        return known("Custom Diffusion file", custom_name, _host.model_files(CUSTOM_DIFFUSIONS))
+
+    @classmethod
+    def fingerprint_inputs(cls, custom_name=None, **_others) -> str:
+        return _host.file_version(_host.find_model_file(CUSTOM_DIFFUSIONS, custom_name) if custom_name else None)
+
+    @classmethod
+    def execute(cls, model, custom_name, strength, clip=None) -> io.NodeOutput:
+        require_unet(model)
+        path = _host.model_path(CUSTOM_DIFFUSIONS, custom_name)
+        changed = read_custom_diffusion(path)
+        model = patched(model, changed, strength, path.name)
+        if clip is not None and changed.tokens:
+            clip = teach(clip, changed.tokens, path.name)
+        return io.NodeOutput(model, clip, ", ".join(token.trigger for token in changed.tokens))

@@ -1,0 +1,133 @@
+"""Custom Diffusion: keys and values of cross-attention, beside new words (arXiv 2212.04488)."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...models.custom_diffusion import (
+    FORMAT,
+    CustomDiffusion,
+    is_trained,
+    write_authors_file,
+    write_custom_diffusion,
+)
+from ...models.dvar.custom_diffusion import first_token_detached, masked_prior_loss
+from ...models.dvar.rescaling import CELL, PREFIXES, rescaled
+from ...models.errors import ConfigError
+from ...models.formats import describe, refuse_taken
+from ...models.learned_embeddings import LearnedEmbedding
+from ..base import TrainingBase
+from ..batches import LatentBatch
+from ..config import build
+from ..dataset import Dataset
+from ..output import OutputPlace, rows_of_tokens, save_embeddings
+from ..pictures import Cut
+from ..preparation import Outcome, Prepared, run_from_settings
+from ..progress import Progress
+from ..ranks import Ranks
+from .config import CustomDiffusionConfig, CustomDiffusionRun
+from .train import Method, train_method
+
+
+class RandomSizes:
+    """Cuts at random sizes, with the mask of what they show; a mask of the cut itself is not carried over."""
+
+    def __init__(self, variants: int) -> None:
+        self.variants = variants
+
+    def __call__(self, cut: Cut, generator: torch.Generator) -> tuple[Cut, str]:
+        picture = ((cut.pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        made = rescaled(
+            Image.fromarray(picture.contiguous().numpy()),
+            cut.pixels.shape[-1],
+            lambda low, high: int(torch.randint(low, high, (), generator=generator)),
+        )
+        mask = made.mask
+        if not mask.any():  # too small for a margin; a mask of nothing would make the loss undefined
+            mask = (made.pixels != 0).any(0).float().unflatten(1, (-1, CELL)).unflatten(0, (-1, CELL)).amax((1, 3))
+        mask = mask.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1).unsqueeze(0)
+        return replace(cut, pixels=made.pixels, mask=mask), made.prefix
+
+
+def learning_rate(config: CustomDiffusionConfig, dataset: Dataset) -> float:
+    """The authors double the rate where there are class pictures, whether or not it is scaled."""
+    return config.learning_rate * (2 if dataset.class_examples else 1)
+
+
+def attach_keys_and_values(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Make the projections to keys and values of cross-attention trainable, in float32, by name.
+
+    Their first token passes no gradient on.
+    """
+    parameters = {}
+    for name, module in unet.named_modules():
+        if is_trained(f"{name}.weight"):
+            module.weight = nn.Parameter(module.weight.detach().float())
+            module.register_forward_hook(lambda projection, given, output: first_token_detached(output))
+            parameters[f"{name}.weight"] = module.weight
+    return parameters
+
+
+def custom_loss(
+    config: CustomDiffusionConfig, prediction: Tensor, target: Tensor, batch: LatentBatch, weights: Tensor | None
+) -> Tensor:
+    """The masked loss, four times a mean, and the class pictures' by its weight; timesteps have none."""
+    mask = batch.masks
+    if mask is None:
+        mask = torch.ones_like(batch.latents[:, :1])
+    loss, prior = masked_prior_loss(prediction, target, mask.to(prediction.device), len(prediction) - len(batch.draws))
+    return loss + (config.prior_loss_weight - 1) * prior
+
+
+def train(
+    config: CustomDiffusionConfig, base: TrainingBase, dataset: Dataset, place: OutputPlace, **surroundings: Any
+) -> Outcome:
+    """Train keys and values, and the dataset's tokens if it has any; as for train_method."""
+    if config.snr_gamma:
+        raise ConfigError("Custom Diffusion's masked loss has no weights of timesteps; set snr_gamma to 0")
+    if config.save_authors_file:
+        refuse_taken(place.lora_path.with_suffix(".bin"), overwrite=place.overwrite or config.resume)
+    method = Method(
+        save_custom_diffusion,
+        attach=lambda prepared: attach_keys_and_values(prepared.unet),
+        loss=custom_loss,
+        rate=learning_rate,
+        augmentation=RandomSizes(config.rescale_variants) if config.rescale_variants else None,
+        prefixes=tuple(prefix for pair in PREFIXES.values() for prefix in pair),
+    )
+    return train_method(method, config, base, dataset, place, **surroundings)
+
+
+def save_custom_diffusion(prepared: Prepared) -> list[Path]:
+    """The weights with the tokens in one file, the authors' file where asked for, and one embedding file per token."""
+    config, tokens, place = prepared.config, prepared.dataset.tokens, prepared.place
+    rows = prepared.text.rows()
+    weights = {
+        name: parameter.detach().to(torch.float16 if config.save_precision == "fp16" else torch.float32)
+        for name, parameter in prepared.unet.named_parameters()
+        if is_trained(name)
+    }
+    learned = tuple(LearnedEmbedding(token.trigger, part) for token, part in rows_of_tokens(rows, tokens))
+    changed = CustomDiffusion(weights, learned)
+    about = {
+        "family": prepared.base.family.name,
+        "method": "custom-diffusion",
+        "title": place.name,
+        "config": config.as_dict(),
+        "extra": prepared.around.metadata,
+    }
+    metadata = describe(FORMAT, tokens=tokens, kind="custom-diffusion", **about)
+    written = [write_custom_diffusion(place.lora_path, changed, metadata, overwrite=prepared.overwrite)]
+    if config.save_authors_file:
+        path = place.lora_path.with_suffix(".bin")
+        written.append(write_authors_file(path, changed, overwrite=prepared.overwrite))
+    return [*written, *save_embeddings(place, rows, tokens, overwrite=prepared.overwrite, **about)]
+
+
+def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
+    """The command line's ``custom-diffusion`` recipe; values as in custom_diffusion.example.toml."""
+    return run_from_settings(build(CustomDiffusionRun, values), train, progress, ranks)
