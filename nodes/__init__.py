@@ -23,6 +23,7 @@ from .preview_losses import ClipLossNode, IdentityLossNode, PictureLossNode
 from .prompts import PromptBatch
 from .scores import PersonalizationScores
 from .train_dco import TrainDCO
+from .train_lookahead import TrainLookaheadEncoder
 from .train_perfusion import EstimateTextCovariance, TrainPerfusion
 from .training_base import LoadTrainingBase, StopDVAR, StopFixed
 
@@ -63,6 +64,7 @@ NODES: list[type[io.ComfyNode]] = [
     KSamplerMultiConceptLocking,
     PerfusionEDMSchedule,
     PersonalizationScores,
+    TrainLookaheadEncoder,
 ]
 
 

@@ -52,6 +52,17 @@ _BOUNDS: dict[str, tuple[float, float, float]] = {
     "ema_decay": (0.0, 0.9999, 0.0001),
     "captions": (0, 100_000_000, 1),
     "save_every": (0, 100_000_000, 1),
+    "adapter_learning_rate": (1e-8, 1.0, 1e-8),
+    "lora_rank": (0, 1024, 1),
+    "copy_rank": (0, 1024, 1),
+    "kv_drop_chance": (0.0, 1.0, 0.01),
+    "adapter_drop_chance": (0.0, 1.0, 0.01),
+    "text_drop_chance": (0.0, 1.0, 0.01),
+    "lookahead_every": (0, 10_000, 1),
+    "lookahead_batch_size": (1, 256, 1),
+    "lcm_scale_every": (0, 100_000, 1),
+    "lcm_full_chance": (0.0, 1.0, 0.01),
+    "lcm_min_scale": (0.01, 1.0, 0.01),
 }
 
 

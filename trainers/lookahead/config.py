@@ -95,6 +95,10 @@ class LookaheadConfig(TrainConfig):
     """Summed up in the denoising half."""
     picture_losses: tuple[PictureTerm, ...] = (PictureTerm(name="identity", weight=1e-3),)
     """Summed up when looking ahead. The authors add ``dreamsim`` with the same weight."""
+    save_precision: Literal["fp16", "fp32"] = "fp16"
+    """Type of the saved encoder; fp32 doubles the file."""
+    preview_every: int = 0
+    """Show reference, target and preview every so many steps, as they come; 0 shows none."""
     cache_gigabytes: float = 4.0
     """Main memory for encoded pictures, which then need not be encoded again."""
 

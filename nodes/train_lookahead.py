@@ -1,0 +1,195 @@
+"""The node that trains a face encoder on a folder of people."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..models.errors import ConfigError, DatasetError
+from ..trainers.layouts import is_inside
+from ..trainers.lookahead.config import LookaheadConfig, LookaheadModels, PictureTerm
+from ..trainers.lookahead.data import FaceDataSettings, FaceSet
+from . import _host, _sockets, _trainer
+from ._choices import first_refusal, known, known_settings
+from ._folders import ENCODERS, FACE_NETWORKS
+from .faces import face_model_folders
+
+NO_FILE = "(none)"
+METADATA = "metadata.json"
+# Append only: workflows store widget values by position.
+_SETTINGS = (
+    "steps", "learning_rate", "adapter_learning_rate", "batch_size", "gradient_accumulation", "resolution",
+    "precision", "gradient_checkpointing", "lora_rank", "copy_rank", "train_adapter", "kv_drop_chance",
+    "adapter_drop_chance", "text_drop_chance", "lookahead_every", "lookahead_batch_size", "lcm_scale_every",
+    "lcm_full_chance", "lcm_min_scale", "crop", "optimizer", "lr_schedule", "warmup_steps", "weight_decay",
+    "max_grad_norm", "seed", "save_precision", "preview_every", "checkpoint_every", "checkpoint_limit", "resume",
+)  # fmt: skip
+
+
+def _people_folders() -> list[str]:
+    """Folders directly below the host's input folder."""
+    root = folder_paths.get_input_directory()
+    if not os.path.isdir(root):
+        return []
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def _people_path(name: str) -> Path:
+    """The folder of that name; DatasetError when it leads out of the input folder or is not there."""
+    root = Path(folder_paths.get_input_directory())
+    path = Path(os.path.abspath(root / name))
+    if not is_inside(path, root) or not path.is_dir():
+        raise DatasetError(f"{name!r} is not a folder inside ComfyUI's input folder; choose one from the list")
+    return path
+
+
+def _file(name: str, kind: str, tooltip: str, *, needed: bool = True) -> io.Input:
+    options = _host.model_files(kind) if needed else [NO_FILE, *_host.model_files(kind)]
+    return io.Combo.Input(name, options=options, tooltip=tooltip, **({} if needed else {"default": NO_FILE}))
+
+
+def _weight(name: str, default: float, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=1e-4, round=False, tooltip=tooltip)
+
+
+class TrainLookaheadEncoder(io.ComfyNode):
+    """Teach a face encoder who people are."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeTrainLookaheadEncoder",
+            display_name="Train Lookahead Encoder",
+            category="personalize/training",
+            description="Trains an LCM-Lookahead face encoder for SDXL (arXiv 2404.03620) on pictures of many people, "
+            "from ip-adapter-plus-face or from an earlier encoder. Load Lookahead Encoder loads the file.",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            inputs=[
+                _sockets.Base.Input("base", tooltip="From Load Training Base: SDXL."),
+                _file(
+                    "encoder_name",
+                    ENCODERS,
+                    "Where training starts: ip-adapter-plus-face_sdxl_vit-h, or an earlier encoder. From "
+                    "models/lookahead_encoders.",
+                ),
+                _file(
+                    "clip_vision_name", "clip_vision", "The image encoder of that file, ViT-H for the published one."
+                ),
+                _file("lcm_lora_name", "loras", "LCM LoRA for SDXL, which makes the preview.", needed=False),
+                _file(
+                    "preview_vae_name",
+                    "vae",
+                    "A small autoencoder for the preview, such as TAESD for SDXL; without one the base's own decodes, "
+                    "with far more memory.",
+                    needed=False,
+                ),
+                _file(
+                    "face_network",
+                    FACE_NETWORKS,
+                    "model_ir_se50.pth, which compares faces, in models/arcface.",
+                    needed=False,
+                ),
+                io.Combo.Input(
+                    "face_folder",
+                    options=[NO_FILE, *face_model_folders()],
+                    default=NO_FILE,
+                    tooltip="Folder below models/insightface with networks that find faces.",
+                ),
+                io.Combo.Input(
+                    "people_folder",
+                    options=_people_folders(),
+                    tooltip="A folder inside the input folder. Its metadata.json says who each picture shows; without "
+                    "it every picture is its own reference.",
+                ),
+                io.Boolean.Input(
+                    "prompt_in_filename",
+                    default=True,
+                    tooltip="Read prompts from file names, such as A_photo_of_conceptname_123.jpg.",
+                ),
+                io.String.Input("placeholder", default="face", tooltip="What conceptname becomes in these prompts."),
+                io.String.Input(
+                    "prompt", default="a photo of a face", tooltip="For all pictures, when file names hold no prompts."
+                ),
+                io.Boolean.Input(
+                    "only_vanilla_references",
+                    default=False,
+                    tooltip="Show the encoder only pictures with vanilla in their path.",
+                ),
+                io.Boolean.Input(
+                    "crop_heads", default=False, tooltip="Show the encoder heads, upright and cut out, if one is found."
+                ),
+                _weight("identity_weight", 1e-3, "Weight of the face's likeness in the preview. 0 leaves it out."),
+                _weight("image_weight", 0.0, "Weight of the pixels' distance from the reference. 0 leaves it out."),
+                io.String.Input("output_name", default="my_encoder", tooltip="Name of the encoder file."),
+                *_trainer.widgets(LookaheadConfig, *_SETTINGS, preview_every=50),
+                _trainer.OVERWRITE,
+            ],
+            outputs=[
+                io.Custom("COMBO,STRING").Output(
+                    display_name="encoder_name",
+                    tooltip="Name of the trained file; connect it to Load Lookahead Encoder's encoder_name.",
+                ),
+                *_trainer.OUTPUTS[1:],
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, output_name=None, people_folder=None, precision=None, crop=None, optimizer=None, lr_schedule=None,
+        save_precision=None,
+    ) -> bool | str:  # fmt: skip
+        chosen = {"precision": precision, "crop": crop, "optimizer": optimizer, "lr_schedule": lr_schedule}
+        chosen |= {"save_precision": save_precision}
+        return first_refusal(
+            [
+                known("folder of people", people_folder, _people_folders()),
+                _trainer.check_output_name(output_name),
+                known_settings(LookaheadConfig, **chosen),
+            ]
+        )
+
+    @classmethod
+    def execute(
+        cls, base, encoder_name, clip_vision_name, lcm_lora_name, preview_vae_name, face_network, face_folder,
+        people_folder, prompt_in_filename, placeholder, prompt, only_vanilla_references, crop_heads, identity_weight,
+        image_weight, output_name, overwrite=False, **settings,
+    ) -> io.NodeOutput:  # fmt: skip
+        unknown = settings.keys() - set(_SETTINGS)
+        if unknown:
+            raise ConfigError(
+                f"unknown setting(s) {', '.join(sorted(unknown))} of Train Lookahead Encoder; remove them"
+            )
+        weights = {"identity": identity_weight, "image_l1": image_weight}
+        terms = tuple(PictureTerm(name=name, weight=weight) for name, weight in weights.items() if weight)
+        config = LookaheadConfig(**settings, picture_losses=terms)
+
+        def path(kind: str, name: str) -> Path | None:
+            return None if name == NO_FILE else _host.model_path(kind, name)
+
+        models = LookaheadModels(
+            start=_host.model_path(ENCODERS, encoder_name),
+            clip_vision=_host.model_path("clip_vision", clip_vision_name),
+            lcm_lora=path("loras", lcm_lora_name),
+            preview_vae=path("vae", preview_vae_name),
+            face_network=path(FACE_NETWORKS, face_network),
+            face_models=None if face_folder == NO_FILE else face_model_folders().get(face_folder),
+        )
+        folder = _people_path(people_folder)
+        people = FaceSet(
+            folder=folder,
+            metadata=folder / METADATA if (folder / METADATA).is_file() else None,
+            prompt_in_filename=prompt_in_filename,
+            only_vanilla_references=only_vanilla_references,
+            placeholder=placeholder,
+        )
+        place = _trainer.output_place(output_name, overwrite, ENCODERS)
+        from ..trainers.lookahead.train import train
+
+        def run(**surroundings):
+            data = FaceDataSettings(sets=(people,), crop_heads=crop_heads, prompt=prompt).open()
+            return train(config, base, models, data, place, **surroundings)
+
+        return _trainer.run_training(cls, run)
