@@ -30,8 +30,12 @@ FORBIDDEN_IMPORTS = {
     "urllib3",
     "webbrowser",
 }
-# The command line imports, relatively, a module of ours that a literal table names.
-ALLOWED_IMPORTS = {"trainers/__main__.py": ["imports importlib"]}
+ALLOWED = {
+    # The command line imports, relatively, a module of ours that a literal table names.
+    "trainers/__main__.py": ["imports importlib"],
+    # Custom Diffusion's own programs read no other file than delta.bin; tensors alone are written.
+    "models/formats.py": ["torch.save("],
+}
 # A scan greps text, so comments and messages count too.
 TRIPWIRES = [
     r"\bos\.(environ|getenv|putenv|system|popen|spawn\w*|exec\w*)\b",
@@ -95,7 +99,7 @@ def test_the_archive_holds_nothing_else():
 
 def test_no_module_raises_a_flag():
     raised = {name: found for name, source in modules().items() if (found := flags(source))}
-    assert {name: found for name, found in raised.items() if found != ALLOWED_IMPORTS.get(name)} == {}
+    assert {name: found for name, found in raised.items() if found != ALLOWED.get(name)} == {}
 
 
 @pytest.mark.parametrize(
