@@ -13,6 +13,14 @@ import pytest
 RECORDED = Path(__file__).with_name("schemas.json")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 HOST_LISTS = {
+    "concept_name",
+    "covariance_name",
+    "captions_file",
+    "model_folder",
+    "clip_folder",
+    "dino_folder",
+    "face_folder",
+    "delta_name",
     "sampler_name",
     "scheduler",
     "ckpt_name",
