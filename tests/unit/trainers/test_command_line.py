@@ -144,7 +144,7 @@ def test_a_missing_config_file_is_one_line(capsys, tmp_path):
 
 def test_an_unknown_recipe_lists_the_known_ones(capsys):
     with pytest.raises(SystemExit) as caught:
-        command_line.main(["dreambooth", "--config", "x"])
+        command_line.main(["unheard-of", "--config", "x"])
     assert caught.value.code == 2 and "dco" in capsys.readouterr().err
 
 
