@@ -99,7 +99,7 @@ class Decoder:
 def frozen(network: nn.Module) -> comfy.model_patcher.ModelPatcher:
     """A network of ours for the host to move to the device and away, like its own."""
     memory = comfy.model_management
-    network = network.eval().requires_grad_(False)
+    network = network.train(False).requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(network, memory.get_torch_device(), memory.unet_offload_device())
 
 

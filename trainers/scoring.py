@@ -172,7 +172,7 @@ def _loaded(kind: Any, folder: Path) -> nn.Module:
         raise FormatError(
             f"{folder.name}: lacks weights ({len(missing)}, such as {missing[0]}); download its files again"
         )
-    return network.float().eval().requires_grad_(False)
+    return network.float().train(False).requires_grad_(False)
 
 
 def _preprocessing(folder: Path, side: int, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> Preprocessing:

@@ -97,7 +97,7 @@ def build_arcface(tensors: Mapping[str, Tensor], name: str) -> ArcFace:
         raise FormatError(_foreign(name)) from error
     if unexpected or any(not key.endswith("num_batches_tracked") for key in missing):
         raise FormatError(_foreign(name))
-    return network.float().eval().requires_grad_(False)
+    return network.float().train(False).requires_grad_(False)
 
 
 def _unit(tensors: Mapping[str, Tensor], index: int) -> tuple[int, int, int, int, bool]:

@@ -86,7 +86,7 @@ def _clip(models: LookaheadModels, device: torch.device) -> Loss:
         raise FormatError(
             f"{models.clip.name}: no CLIP model with a tokenizer; give a folder such as ViT-B/16"
         ) from error
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.to(device).train(False).requires_grad_(False)
     size = model.config.vision_config.image_size
 
     def loss(seen: Seen) -> Tensor:
@@ -118,7 +118,7 @@ def _lpips(models: LookaheadModels, device: torch.device) -> Loss:
         network.net.load_state_dict(layers)
     except RuntimeError as error:
         raise FormatError(f"{models.vgg.name}: not torchvision's vgg16; give vgg16-397923af.pth") from error
-    network = network.to(device).eval().requires_grad_(False)
+    network = network.to(device).train(False).requires_grad_(False)
     return lambda seen: network(seen.pictures, seen.references).mean()
 
 
@@ -135,7 +135,7 @@ def _dreamsim(models: LookaheadModels, device: torch.device) -> Loss:
             f"{models.dreamsim.name}: {missing[0]} is missing; give the folder of the unpacked ensemble checkpoint"
         )
     network, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(models.dreamsim))
-    network = network.eval().requires_grad_(False)
+    network = network.train(False).requires_grad_(False)
 
     def small(pictures: Tensor) -> Tensor:
         side = (_DREAMSIM_SIDE, _DREAMSIM_SIDE)
