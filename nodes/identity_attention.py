@@ -20,7 +20,7 @@ from ..models.lookahead.encoder import LookaheadEncoder
 from ..models.lookahead.encoder_parts import KeyValueCopy
 from ..models.lookahead.identity import Identity
 from .lora_layers import LayerPatch, model_label
-from .switchable_lora import SwitchableLora, require_unet
+from .switchable_lora import SwitchableLora, call_options, require_unet
 from .unet_names import host_names
 
 KEY = "personalize_identity"
@@ -106,7 +106,7 @@ class IdentityAttention:
 
     def __call__(self, executor, x: Tensor, *args, **kwargs) -> Tensor:
         """Run the UNet; x is (rows, channels, height, width)."""
-        options = kwargs.get("transformer_options") or (args[4] if len(args) > 4 else {})
+        options = call_options(args, kwargs)
         roles, run = options.get(ROLES), options.get(RUN)
         if not roles or run is None:
             return executor(x, *args, **kwargs)

@@ -18,7 +18,7 @@ from ..models.perfusion import KEY as KEYS
 from ..models.perfusion import VALUE as VALUES
 from ..models.perfusion import Concept, EditSpace, Scores, edit_space, edited_input, gated_outputs
 from .guiding import SigmaRange
-from .switchable_lora import require_unet
+from .switchable_lora import call_options, require_unet
 from .unet_names import host_names
 
 KEY = "personalize_rank_one_edits"
@@ -50,6 +50,17 @@ class _Run:
     def __deepcopy__(self, memo: dict) -> "_Run":
         return self
 
+    def has_own_prompt(self, position: int, cond: Mapping[str, Any]) -> bool:
+        """Whether a conditioning of the list at ``position`` still has the prompt that it was made for.
+
+        For an area of one list the host adds an entry to the others: a copy with their prompt in it.
+        """
+        key = ("own prompt", position, cond["uuid"])
+        if key not in self.made:  # prompts stay the same for the run, and comparing them waits for the device
+            seen, own = cond.get("model_conds", {}).get("c_crossattn"), cond.get("cross_attn")
+            self.made[key] = seen is None or own is None or torch.equal(seen.cond.cpu(), own.cpu())
+        return self.made[key]
+
 
 class RankOneEdits:
     """A wrapper of the UNet's forward. What belongs to a run is in its `_Run`, so clones and threads may share this."""
@@ -69,7 +80,7 @@ class RankOneEdits:
 
     def __call__(self, executor, x: Tensor, *args, **kwargs) -> Tensor:
         """Run the UNet; x is (rows, channels, height, width)."""
-        options = kwargs.get("transformer_options") or (args[4] if len(args) > 4 else {})
+        options = call_options(args, kwargs)
         run, sigmas = options.get(_RUN), options.get("sigmas")
         if run is not None and sigmas is not None and not self.within.holds(run.sampling, sigmas):
             return executor(x, *args, **kwargs)
@@ -189,22 +200,14 @@ def _start_run(executor, guider, sigmas, extra_args, *args, **kwargs):
 
 
 def _carry_tags(executor, model, conds, x, timestep, model_options, *args, **kwargs):
+    options = model_options.get("transformer_options", {})
+    run = options.get(_RUN) or _Run(None)
     tags = {
         (position, cond["uuid"]): cond[TAG]
         for position, entries in enumerate(conds)
         for cond in entries or ()
-        if TAG in cond and _own_prompt(cond)
+        if TAG in cond and run.has_own_prompt(position, cond)
     }
     if tags:
-        options = model_options.get("transformer_options", {})
         model_options = {**model_options, "transformer_options": {**options, _TAGS: tags}}
     return executor(model, conds, x, timestep, model_options, *args, **kwargs)
-
-
-def _own_prompt(cond: Mapping[str, Any]) -> bool:
-    """Whether a conditioning still has the prompt that it was made for.
-
-    For an area of one list the host adds an entry to the others: a copy with their prompt in it.
-    """
-    seen = cond.get("model_conds", {}).get("c_crossattn")
-    return seen is None or cond.get("cross_attn") is None or torch.equal(seen.cond.cpu(), cond["cross_attn"].cpu())

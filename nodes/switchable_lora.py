@@ -78,7 +78,7 @@ class SwitchableLora:
 
     def __call__(self, executor, x: Tensor, *args, **kwargs) -> Tensor:
         """Run the UNet with this adapter on for the rows that want it; x is (rows, channels, height, width)."""
-        options = kwargs.get("transformer_options") or (args[4] if len(args) > 4 else {})
+        options = call_options(args, kwargs)
         spans = self.spans(x.shape[0], options)
         if not spans:
             return executor(x, *args, **kwargs)
@@ -150,6 +150,11 @@ class SwitchableLora:
             patched = comfy.lora.calculate_weight(patches, current.clone(), f"{name}.{parameter}", torch.float32)
             changes.append((patched - current).to(x.dtype))
         return changes[0], changes[1]
+
+
+def call_options(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's transformer_options in what follows x in a call of the UNet."""
+    return kwargs.get("transformer_options") or (args[4] if len(args) > 4 else {})
 
 
 def weight_in_force(module: nn.Module, parameter: str, device: torch.device) -> Tensor:
