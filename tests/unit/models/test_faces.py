@@ -194,7 +194,7 @@ def test_cuda_is_refused_where_onnxruntime_has_none(tiny, folder):
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has CUDA")
+        pytest.skip("this onnxruntime can compute on CUDA, so there is nothing to refuse")
     with pytest.raises(MissingDependencyError, match="onnxruntime-gpu in its place, or choose auto or cpu"):
         FaceAnalyser(folder, "cuda").detect([torch.zeros(3, 50, 50)])
 
