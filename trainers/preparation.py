@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..models.dvar import EvaluationBatch
@@ -21,6 +20,7 @@ from .evaluation import Evaluation
 from .loop import TrainResult, train_loop
 from .optimizer import ParameterGroup, check_optimizer
 from .order import BatchOrder
+from .outcome import Outcome, report
 from .output import OutputPlace
 from .preview import Previews
 from .progress import Cancelled, FollowerProgress, Progress, SilentProgress
@@ -49,18 +49,6 @@ class Surroundings:
     ranks: Ranks | None = None
     metadata: Mapping[str, str] | None = None
     before_loading: Callable[[], None] | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a training leaves."""
-
-    train: TrainResult
-    files: tuple[Path, ...] = ()
-    """The LoRA or what else changes the UNet first, then one embedding file per learned token; empty when nothing was
-    learned yet."""
-    preview: Image.Image | None = None
-    """The last preview."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +281,7 @@ def run_from_settings(settings: RunSettings, train: Callable[..., Outcome], prog
     device = ranks.device or pick_device(settings.device)
     dataset = settings.dataset.open()
     base = open_base(settings.base.path, vae=settings.base.vae or None, tokenizer=settings.base.tokenizer or None)
-    result = train(
+    outcome = train(
         settings.train,
         base,
         dataset,
@@ -303,8 +291,4 @@ def run_from_settings(settings: RunSettings, train: Callable[..., Outcome], prog
         progress=progress,
         ranks=ranks,
     )
-    if ranks.is_writer:
-        print(f"\n{result.train.summary}")
-        for path in result.files:
-            print(f"saved {path}")
-    return 130 if result.train.stopped_by == "cancelled" else 0
+    return report(outcome, ranks)

@@ -18,6 +18,7 @@ from ..captions import clean, tokens_in
 from ..conditioning import Conditioning
 from ..config import build
 from ..devices import autocast, dtype_of, free_memory, is_out_of_memory, resolve_precision
+from ..outcome import CANCELLED
 from ..personalization import Personalization, open_personalization
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
@@ -215,7 +216,7 @@ def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
             print(f"\nsaved {save_png(output.path(seed), picture, texts, overwrite=output.overwrite)}")
     except Cancelled:
         print("\ncancelled; the pictures saved so far are complete")
-        return 130
+        return CANCELLED
     return 0
 
 

@@ -12,8 +12,9 @@ from ..dataset import Dataset
 from ..devices import autocast
 from ..optimizer import ParameterGroup
 from ..order import BatchOrder
+from ..outcome import Outcome
 from ..output import OutputPlace, save_personalization
-from ..preparation import Outcome, Surroundings, prepare, run_from_settings
+from ..preparation import Surroundings, prepare, run_from_settings
 from ..progress import Progress
 from ..ranks import Ranks
 from ..text_side import TextSettings, TextSide

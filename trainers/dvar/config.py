@@ -1,6 +1,7 @@
 """Settings of the three trainings; defaults follow the authors (yandex-research/DVAR, README.md)."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..config import TrainConfig
 from ..prompts import PromptSource
@@ -17,6 +18,13 @@ class MethodConfig(TrainConfig):
     """Multiply the rate by batch size, accumulation and number of processes."""
     weight_decay: float = 1e-2
     """Decoupled weight decay; it also acts on the tokens."""
+    optimizer: Literal["adamw", "adamw8bit", "sam", "adaptive_sam"] = "adamw"
+    """``adamw8bit`` keeps the optimizer's state in 8 bits; it needs bitsandbytes and a GPU. ``sam`` and
+    ``adaptive_sam`` seek weights whose neighbours are good too: twice the time per step, another rate, no decay."""
+    sam_rho: float = 0.05
+    """How far ``sam`` looks around; ``adaptive_sam`` takes ten times as much."""
+    sam_momentum: float = 0.9
+    """Momentum of ``sam`` and ``adaptive_sam``."""
     max_grad_norm: float = 0.0
     """The gradients' common norm is clipped to this; 0 turns clipping off, as the authors train."""
     flip: bool = True
@@ -25,6 +33,11 @@ class MethodConfig(TrainConfig):
     """Where prompts come from: sentences around the token that name an object or a style, or the captions."""
     class_word: str = ""
     """What follows the token in those sentences, such as dog; empty leaves the token alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.sam_rho >= 0, "sam_rho", "0 or more")
+        self._require(0 <= self.sam_momentum < 1, "sam_momentum", "from 0 up to, not including, 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,10 @@ from ..base import TrainingBase
 from ..batches import LatentBatch
 from ..config import build
 from ..dataset import Dataset
+from ..outcome import Outcome
 from ..output import OutputPlace, rows_of_tokens, save_embeddings
 from ..pictures import Cut
-from ..preparation import Outcome, Prepared, run_from_settings
+from ..preparation import Prepared, run_from_settings
 from ..progress import Progress
 from ..ranks import Ranks
 from .config import CustomDiffusionConfig, CustomDiffusionRun

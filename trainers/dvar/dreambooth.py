@@ -10,8 +10,9 @@ from ..adapters import ATTENTION, add_lora, read_lora
 from ..base import TrainingBase
 from ..config import build
 from ..dataset import Dataset
+from ..outcome import Outcome
 from ..output import OutputPlace, save_personalization
-from ..preparation import Outcome, Prepared, run_from_settings
+from ..preparation import Prepared, run_from_settings
 from ..progress import Progress
 from ..ranks import Ranks
 from .config import DreamBoothConfig, DreamBoothRun

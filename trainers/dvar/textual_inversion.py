@@ -7,8 +7,9 @@ from ...models.errors import ConfigError
 from ..base import TrainingBase
 from ..config import build
 from ..dataset import Dataset
+from ..outcome import Outcome
 from ..output import OutputPlace, save_embeddings
-from ..preparation import Outcome, Prepared, run_from_settings
+from ..preparation import Prepared, run_from_settings
 from ..progress import Progress
 from ..ranks import Ranks
 from .config import TextualInversionConfig, TextualInversionRun

@@ -16,8 +16,9 @@ from ..dataset import Dataset
 from ..devices import autocast
 from ..optimizer import ParameterGroup
 from ..order import BatchOrder
+from ..outcome import Outcome
 from ..output import OutputPlace
-from ..preparation import Outcome, Prepared, Surroundings, prepare
+from ..preparation import Prepared, Surroundings, prepare
 from ..prompts import Prompts
 from ..text_side import TextSettings, TextSide
 from .config import MethodConfig

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ...models.lookahead.encoder import LookaheadEncoder, read_encoder
+from ...models.lookahead.encoder_parts import last_block
 from ...models.lora import LowRankDelta
-from .step import last_block
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -1,6 +1,6 @@
 """The two halves of a training step: the denoising prediction, and the preview that looks ahead to the picture."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.lookahead import Resampler, kept_tokens, preview
+from ...models.lookahead.encoder_parts import last_block
 from ...models.lookahead.losses import noise_loss, weighted_noise_loss
 from ...models.schedules import NoiseSchedule
 from ..conditioning import Conditioning
@@ -137,14 +138,3 @@ def trained_parameters(
             groups[name.startswith("adapter.")][name] = parameter
     groups[1].update({f"resampler.{name}": one for name, one in resampler.requires_grad_(True).named_parameters()})
     return groups
-
-
-def last_block(blocks: Mapping[str, object]) -> str:
-    """The transformer block that a UNet comes to last."""
-    return max(blocks, key=_place)
-
-
-def _place(block: str) -> tuple[int, ...]:
-    numbers = [int(part) for part in block.split(".") if part.isdigit()]
-    stage = ("down_blocks", "mid_block", "up_blocks").index(block.split(".")[0])
-    return (stage, *numbers) if stage != 1 else (stage, 0, *numbers)

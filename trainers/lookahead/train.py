@@ -1,7 +1,7 @@
 """Training of a face encoder from pictures of people to one file, read from top to bottom."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..config import build
 from ..devices import autocast, dtype_of, free_memory, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
 from ..loop import TrainResult, train_loop
 from ..optimizer import ParameterGroup, check_optimizer
+from ..outcome import Outcome, report
 from ..output import OutputPlace
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
@@ -39,17 +40,6 @@ from .starting import start_encoder
 from .step import denoise, look_ahead, noise_term, trained_parameters
 
 
-@dataclass(frozen=True)
-class LookaheadResult:
-    """What a training leaves."""
-
-    train: TrainResult
-    files: tuple[Path, ...] = ()
-    """The encoder; empty when nothing was learned yet."""
-    preview: Image.Image | None = None
-    """Reference, target and preview of the last step that looked ahead, a row for each pair."""
-
-
 def train(
     config: LookaheadConfig,
     base: TrainingBase,
@@ -62,7 +52,7 @@ def train(
     ranks: Ranks | None = None,
     metadata: Mapping[str, str] | None = None,
     before_loading: Callable[[], None] | None = None,
-) -> LookaheadResult:
+) -> Outcome:
     """Train an encoder on an SDXL base: denoising steps, and steps that look ahead to the picture.
 
     One frozen UNet serves as encoder, as denoiser and, under the LCM LoRA, for the preview. Prompts are encoded once
@@ -140,7 +130,7 @@ def train(
             raise
         raise out_of_memory(config, "while loading the models") from error
     if ranks.any(cancelled):
-        return LookaheadResult(TrainResult(stopped_by="cancelled"))
+        return Outcome(TrainResult(stopped_by="cancelled"))
     own, adapter = trained_parameters(identity, resampler)
     if not config.train_adapter:
         for parameter in adapter.values():
@@ -220,7 +210,7 @@ def train(
         preview=preview,
         save=save,
     )
-    return LookaheadResult(result, tuple(saved), preview(0))
+    return Outcome(result, tuple(saved), preview(0))
 
 
 def _check_vision(reader: PictureReader, encoder: LookaheadEncoder, models: LookaheadModels) -> None:
@@ -259,9 +249,5 @@ def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
     for one in data.sets:
         if one.missing and ranks.is_writer:
             print(f"{one.settings.folder}: {len(one.missing)} pictures of the metadata are not there and are left out")
-    result = train(settings.train, base, settings.models, data, place, device=device, progress=progress, ranks=ranks)
-    if ranks.is_writer:
-        print(f"\n{result.train.summary}")
-        for path in result.files:
-            print(f"saved {path}")
-    return 130 if result.train.stopped_by == "cancelled" else 0
+    outcome = train(settings.train, base, settings.models, data, place, device=device, progress=progress, ranks=ranks)
+    return report(outcome, ranks)

@@ -18,6 +18,7 @@ from ...models.perfusion.covariance import FAMILY_KEY
 from ..base import TrainingBase, open_base
 from ..config import build
 from ..devices import dtype_of, is_out_of_memory, resolve_precision
+from ..outcome import CANCELLED
 from ..output import OutputPlace
 from ..progress import Progress, SilentProgress
 from ..ranks import Ranks
@@ -176,6 +177,6 @@ def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
     )
     print(f"\n{result.summary}")
     if result.file is None:
-        return 130
+        return CANCELLED
     print(f"saved {result.file}")
     return 0

@@ -1,12 +1,10 @@
 """Perfusion training from pictures to a concept file, read from top to bottom."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...models.errors import ConfigError, IncompatibleModelError
@@ -24,6 +22,7 @@ from ..evaluation import Evaluation
 from ..loop import TrainResult, train_loop
 from ..optimizer import ParameterGroup, check_optimizer
 from ..order import BatchOrder
+from ..outcome import Outcome, report
 from ..output import OutputPlace
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
@@ -39,17 +38,6 @@ from .step import perfusion_step
 from .text import ConceptText
 
 
-@dataclass(frozen=True)
-class PerfusionResult:
-    """What a Perfusion training leaves."""
-
-    train: TrainResult
-    files: tuple[Path, ...] = ()
-    """The concept; empty when nothing was learned yet."""
-    preview: Image.Image | None = None
-    """The last preview."""
-
-
 def train(
     config: PerfusionConfig,
     base: TrainingBase,
@@ -63,7 +51,7 @@ def train(
     ranks: Ranks | None = None,
     metadata: Mapping[str, str] | None = None,
     before_loading: Callable[[], None] | None = None,
-) -> PerfusionResult:
+) -> Outcome:
     """Train the dataset's only token as a concept.
 
     Latents are computed once, and the autoencoder leaves the device before training starts. A cancelled run saves
@@ -145,7 +133,7 @@ def train(
             raise
         raise out_of_memory(config, "while loading the model and encoding pictures") from error
     if ranks.any(cancelled):  # in all processes or in none, or the others would wait for this one for ever
-        return PerfusionResult(TrainResult(stopped_by="cancelled"))
+        return Outcome(TrainResult(stopped_by="cancelled"))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
@@ -231,7 +219,7 @@ def train(
         preview=previews.make,
         save=save,
     )
-    return PerfusionResult(result, tuple(files), previews.last)
+    return Outcome(result, tuple(files), previews.last)
 
 
 def the_only_token(dataset: Dataset) -> LearnedToken:
@@ -275,7 +263,7 @@ def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
     covariance = read_covariance(settings.covariance)
     dataset = settings.dataset.open()
     base = open_base(settings.base.path, vae=settings.base.vae or None, tokenizer=settings.base.tokenizer or None)
-    result = train(
+    outcome = train(
         settings.train,
         base,
         dataset,
@@ -286,8 +274,4 @@ def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
         progress=progress,
         ranks=ranks,
     )
-    if ranks.is_writer:
-        print(f"\n{result.train.summary}")
-        for path in result.files:
-            print(f"saved {path}")
-    return 130 if result.train.stopped_by == "cancelled" else 0
+    return report(outcome, ranks)
