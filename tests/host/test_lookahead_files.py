@@ -22,6 +22,7 @@ def authors_file(checkpoint, load_helper, tmp_path_factory):
 def folder(comfy, authors_file, checkpoint):
     """The host's folder of encoders, with that checkpoint in it, and its base among the host's checkpoints."""
     encoders = comfy.base / "models" / "lookahead_encoders"
+    shutil.rmtree(encoders, ignore_errors=True)  # other modules of this process may have left theirs
     encoders.mkdir(parents=True)
     shutil.copy(authors_file, encoders)
     bases = comfy.base / "models" / "checkpoints"
