@@ -168,15 +168,21 @@ def write_safetensors(
     the name is taken and ``overwrite`` is false, FormatError when the disk refuses; neither leaves a trace.
     """
     contiguous = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
-    return _write_whole(Path(path), overwrite, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
+
+    def save(temporary: Path) -> None:
+        save_file(contiguous, temporary, dict(metadata))
+
+    return write_whole(path, save, overwrite=overwrite)
 
 
 def write_torch_file(path: Path, contents: Mapping[str, Any], *, overwrite: bool = False) -> Path:
     """The same for a legacy .bin file of tensors in plain dictionaries."""
-    return _write_whole(Path(path), overwrite, lambda temporary: torch.save(dict(contents), temporary))
+    return write_whole(path, lambda temporary: torch.save(dict(contents), temporary), overwrite=overwrite)
 
 
-def _write_whole(path: Path, overwrite: bool, write: Callable[[Path], None]) -> Path:
+def write_whole(path: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> Path:
+    """Any file by ``write``, which gets the path of a temporary one; otherwise as write_safetensors."""
+    path = Path(path)
     refuse_taken(path, overwrite=overwrite)
     temporary = None
     try:
