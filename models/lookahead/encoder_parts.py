@@ -73,6 +73,11 @@ def example(names: Iterable[str]) -> str:
     return "" if first is None else f", such as {first}"
 
 
+def last_block(blocks: Mapping[str, object]) -> str:
+    """The transformer block that a UNet comes to last."""
+    return max(blocks, key=_place)
+
+
 def matrix_shape(weight: LowRankDelta | Tensor) -> tuple[int, ...]:
     """(out, in) of a weight or of its low-rank change."""
     if isinstance(weight, LowRankDelta):
@@ -141,3 +146,9 @@ def _check_shapes(adapter, copies, width: int, name: str) -> None:
                 f"{name}: the copies of {block} make keys and values of {sorted(shapes)}, expected {k.shape[0]} rows "
                 "of both; the file is damaged, download it again"
             )
+
+
+def _place(block: str) -> tuple[int, ...]:
+    numbers = [int(part) for part in block.split(".") if part.isdigit()]
+    stage = ("down_blocks", "mid_block", "up_blocks").index(block.split(".")[0])
+    return (stage, *numbers) if stage != 1 else (stage, 0, *numbers)

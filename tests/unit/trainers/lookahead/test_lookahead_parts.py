@@ -8,6 +8,7 @@ import torch
 
 from comfyui_personalize.models.errors import ConfigError, DatasetError, FormatError
 from comfyui_personalize.models.lookahead.encoder import encoder_tensors
+from comfyui_personalize.models.lookahead.encoder_parts import last_block
 from comfyui_personalize.trainers.clip_vision import clip_pictures, load_clip_vision
 from comfyui_personalize.trainers.config import build, read_toml
 from comfyui_personalize.trainers.lookahead import config as settings
@@ -16,7 +17,6 @@ from comfyui_personalize.trainers.lookahead.data import FaceDataSettings, FaceSe
 from comfyui_personalize.trainers.lookahead.iterations import Iterations
 from comfyui_personalize.trainers.lookahead.pictures import augmented
 from comfyui_personalize.trainers.lookahead.starting import start_encoder
-from comfyui_personalize.trainers.lookahead.step import last_block
 from comfyui_personalize.trainers.ranks import Ranks
 
 FOLDER = Path(settings.__file__).parent
