@@ -12,13 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..models.dvar.sharpness import worst_point
 from ..models.errors import PersonalizeError, TrainingError
 from .best import BestWeights
 from .checkpoint import Checkpoints, Stateful
 from .config import TrainConfig
 from .devices import free_memory, is_out_of_memory, out_of_memory
 from .evaluation import Evaluation
-from .optimizer import ParameterGroup, average_gradients, clip_gradients, make_optimizer, make_schedule
+from .optimizer import (
+    SHARPNESS_AWARE,
+    ParameterGroup,
+    average_gradients,
+    clip_gradients,
+    make_optimizer,
+    make_schedule,
+)
 from .progress import Progress, SilentProgress
 from .ranks import Ranks
 from .run_log import RunLog
@@ -163,6 +171,15 @@ def train_loop(
                     best.offer(result.steps, losses[""])
                 evaluating += time.perf_counter() - started
             loss = _accumulate(config, step, scaler, progress, ranks)
+            if loss is not None and config.optimizer in SHARPNESS_AWARE:
+                if ranks.count > 1:
+                    average_gradients(trained, ranks)
+                with worst_point(trained, config.sam_rho, adaptive=config.optimizer == "adaptive_sam"):
+                    optimizer.zero_grad(set_to_none=True)
+                    for name, other in state.items():  # the same batch again
+                        other.load_state_dict(before[name])
+                    cancelled = _accumulate(config, step, scaler, progress, ranks) is None
+                loss = None if cancelled else loss
             if loss is None:
                 result.stopped_by = "cancelled"
                 break

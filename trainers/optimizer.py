@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.errors import MissingDependencyError
+from ..models.errors import ConfigError, MissingDependencyError
 from .config import TrainConfig
 from .ranks import Ranks
+
+SHARPNESS_AWARE = ("sam", "adaptive_sam")
+"""Optimizers that take two gradients per step, the second at the worst point near the weights."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,16 @@ class ParameterGroup:
 
 
 def check_optimizer(config: TrainConfig) -> None:
-    """Raise MissingDependencyError when the optimizer asked for is not installed."""
+    """Refuse an optimizer that cannot be used.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        ConfigError: it takes two gradients per step, which a loss scale that adapts to overflows does not allow.
+    """
     if config.optimizer == "adamw8bit":
         _adamw8bit()
+    if config.optimizer in SHARPNESS_AWARE and config.precision == "fp16":
+        raise ConfigError(f"optimizer {config.optimizer!r} cannot train in fp16; set precision to bf16 or fp32")
 
 
 def _adamw8bit() -> type[torch.optim.Optimizer]:
@@ -39,7 +49,10 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
 
 
 def make_optimizer(config: TrainConfig, groups: Sequence[ParameterGroup], ranks: Ranks) -> torch.optim.Optimizer:
-    """AdamW over the groups, in 8 bits when asked for; MissingDependencyError without bitsandbytes."""
+    """AdamW over the groups, in 8 bits when asked for; MissingDependencyError without bitsandbytes.
+
+    Sharpness-aware minimization steps with momentum and without weight decay, as the authors of DVAR use it.
+    """
     scale = 1.0
     if config.scale_learning_rate:
         scale = config.batch_size * config.gradient_accumulation * ranks.count
@@ -47,6 +60,9 @@ def make_optimizer(config: TrainConfig, groups: Sequence[ParameterGroup], ranks:
         {"params": list(g.parameters.values()), "lr": g.learning_rate * scale, "weight_decay": g.weight_decay}
         for g in groups
     ]
+    if config.optimizer in SHARPNESS_AWARE:
+        plain = [{**group, "weight_decay": 0.0} for group in settings]
+        return torch.optim.SGD(plain, momentum=config.sam_momentum)
     optimizer = torch.optim.AdamW if config.optimizer == "adamw" else _adamw8bit()
     return optimizer(settings, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
 

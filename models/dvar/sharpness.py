@@ -1,46 +1,35 @@
 """Sharpness-aware minimization, the optimizer that the authors of DVAR compare AdamW with."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-def sharpness_aware_step(
-    optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor], rho: float = 0.05, *, adaptive: bool = False
-) -> Tensor:
-    """One step with the gradient at the worst point within ``rho`` (arXiv 2010.01412; adaptive: 2102.11600).
+@contextmanager
+def worst_point(parameters: Sequence[Tensor], rho: float, *, adaptive: bool = False) -> Iterator[None]:
+    """Move the parameters within ``rho`` to where their gradients say that the loss is worst, and back on leaving.
 
-    w + ρ s²g / ‖sg‖, with s = |w| where adaptive and 1 elsewhere, and the norm over all parameters. The authors'
-    training passes a closure that reuses the old graph, so that the second gradient is the first one.
+    w + ρ s²g / ‖sg‖, with s = |w| where adaptive and 1 elsewhere, and the norm over all parameters (arXiv 2010.01412;
+    adaptive: 2102.11600). A step of sharpness-aware minimization takes the gradient there, of the same batch, and
+    goes from where the weights were. The authors' training evaluates no new graph there (yandex-research/DVAR,
+    textual_inversion.py), so that their second gradient is the first one.
 
     Args:
-        optimizer: takes the step from where the weights were; its parameters need gradients of their own.
-        closure: forward pass -> loss; called twice on the same batch.
-
-    Returns:
-        The loss before the step, without gradient.
+        parameters: with their gradients; those without one stay where they are.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    loss = _gradients(optimizer, closure)
     with torch.no_grad():
         moved = [parameter for parameter in parameters if parameter.grad is not None]
         before = [parameter.clone() for parameter in moved]
-        scaled = [p.abs() * p.grad if adaptive else p.grad for p in moved]
-        norm = torch.stack([gradient.norm() for gradient in scaled]).norm() + 1e-12
-        for parameter, gradient in zip(moved, scaled, strict=True):
-            parameter.add_(gradient * (parameter.abs() if adaptive else 1) * (rho / norm))
-    _gradients(optimizer, closure)
-    with torch.no_grad():
-        for parameter, old in zip(moved, before, strict=True):
-            parameter.copy_(old)
-    optimizer.step()
-    return loss
-
-
-def _gradients(optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> Tensor:
-    optimizer.zero_grad()
-    with torch.enable_grad():
-        loss = closure()
-        loss.backward()
-    return loss.detach()
+        scales = [parameter.abs() if adaptive else torch.ones_like(parameter) for parameter in moved]
+        norms = [(scale * parameter.grad).norm() for scale, parameter in zip(scales, moved, strict=True)]
+        length = torch.stack(norms).norm() + 1e-12 if norms else 1.0
+        for parameter, scale in zip(moved, scales, strict=True):
+            parameter.add_(parameter.grad * scale.square() * (rho / length))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in zip(moved, before, strict=True):
+                parameter.copy_(old)

@@ -5,7 +5,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from comfyui_personalize.models.dvar.custom_diffusion import first_token_detached, masked_prior_loss
-from comfyui_personalize.models.dvar.sharpness import sharpness_aware_step
+from comfyui_personalize.trainers.dvar.config import TextualInversionConfig
+from comfyui_personalize.trainers.loop import train_loop
+from comfyui_personalize.trainers.optimizer import ParameterGroup
 from comfyui_personalize.trainers.text import LearnedTokenEmbedding
 
 
@@ -57,14 +59,28 @@ def test_attention_whose_first_token_has_no_gradient(case):
 def test_sharpness_aware_steps(case):
     config, inputs = case.config, case.inputs
     first, second = torch.nn.Parameter(inputs["w0"].clone()), torch.nn.Parameter(inputs["w1"].clone())
-    optimizer = torch.optim.SGD([first, second], lr=config["lr"], momentum=config["momentum"])
+    seen = []
 
-    def closure():
+    def loss():
         straight = (inputs["A"] @ first.flatten() - inputs["b"]).square().sum()
         return straight + (second.sin() * inputs["c"]).sum() + 0.1 * first.sum() * second.square().sum()
 
-    for step in range(config["steps"]):
-        loss = sharpness_aware_step(optimizer, closure, config["rho"], adaptive=config["adaptive"])
-        case.check(f"loss_{step}", loss)
+    def after_step():
+        step = len(seen)
+        seen.append(step)
         case.check(f"w0_{step}", first)
         case.check(f"w1_{step}", second)
+
+    settings = TextualInversionConfig(
+        steps=config["steps"],
+        batch_size=1,
+        learning_rate=config["lr"],
+        optimizer="adaptive_sam" if config["adaptive"] else "sam",
+        sam_rho=config["rho"],
+        sam_momentum=config["momentum"],
+    )
+    groups = [ParameterGroup("trained", {"w0": first, "w1": second}, config["lr"], weight_decay=0.5)]
+    result = train_loop(settings, groups, loss, device=torch.device("cpu"), after_step=after_step)
+    assert len(seen) == config["steps"]
+    for step, found in enumerate(result.losses):
+        case.check(f"loss_{step}", torch.tensor(found))
