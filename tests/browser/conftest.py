@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -166,14 +167,26 @@ def chromium():
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def open_frontend(chromium):
+    """open_frontend(url): a context with a server's page, open and ready."""
+
+    @contextmanager
+    def open_page(url):
+        context = chromium.new_context(viewport={"width": 1600, "height": 900})
+        frontend = Frontend(context.new_page(), url)
+        frontend.open()
+        yield frontend
+        context.close()
+
+    return open_page
+
+
 @pytest.fixture
-def frontend(chromium, comfy_server):
+def frontend(open_frontend, comfy_server):
     """The page of the shared server, open and ready."""
-    context = chromium.new_context(viewport={"width": 1600, "height": 900})
-    frontend = Frontend(context.new_page(), comfy_server.url)
-    frontend.open()
-    yield frontend
-    context.close()
+    with open_frontend(comfy_server.url) as frontend:
+        yield frontend
 
 
 @pytest.fixture

@@ -1,24 +1,12 @@
 """The shipped workflows in the host's page: they open whole, export what their API files say, and run."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-NAMES = (
-    "dco_reward_guidance",
-    "dco_subject_in_style",
-    "dco_train_style",
-    "dco_train_subject",
-    "lookahead_face_to_portrait",
-    "lookahead_fast_portrait",
-    "lookahead_few_steps",
-    "lookahead_preview_guidance",
-    "lookahead_saved_identity",
-    "lookahead_style_grid",
-    "perfusion_train_concept",
-    "perfusion_two_concepts",
-)
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "workflows").glob("*.json"))
 STAND_INS = (
     ("checkpoints", "sd_xl_base_1.0.safetensors"),
     ("checkpoints", "v1-5-pruned-emaonly.safetensors"),
@@ -82,8 +70,17 @@ def inside(one, frame):
     return left <= x and top <= y and x + width <= left + frame_width and y + height <= top + frame_height
 
 
+@pytest.fixture(scope="module")
+def one_page(files, open_frontend, comfy_server):
+    """A page in which one workflow after another is opened; opening a page anew takes seconds."""
+    with open_frontend(comfy_server.url) as frontend:
+        yield frontend
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_workflow_opens_whole_and_exports_its_api_file(files, frontend, shipped, tmp_path, name):
+def test_a_workflow_opens_whole_and_exports_its_api_file(one_page, shipped, tmp_path, name):
+    frontend = one_page
+    frontend.console_errors.clear()
     frontend.load(shipped.ui(name))
     assert frontend.missing_nodes() == []
     assert frontend.red_widgets() == []
@@ -96,9 +93,9 @@ def test_a_workflow_opens_whole_and_exports_its_api_file(files, frontend, shippe
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_layout_is_tidy(files, frontend, shipped, name):
-    frontend.load(shipped.ui(name))
-    boxes, groups = frontend.page.evaluate(BOXES), frontend.page.evaluate(GROUPS)
+def test_the_layout_is_tidy(one_page, shipped, name):
+    one_page.load(shipped.ui(name))
+    boxes, groups = one_page.page.evaluate(BOXES), one_page.page.evaluate(GROUPS)
     assert [(a["title"], b["title"]) for a, b in itertools.combinations(boxes, 2) if overlap(a, b)] == []
     assert [(a["title"], b["title"]) for a, b in itertools.combinations(groups, 2) if overlap(a, b)] == []
     assert [box["title"] for box in boxes if not any(inside(box, group) for group in groups)] == []
@@ -107,21 +104,14 @@ def test_the_layout_is_tidy(files, frontend, shipped, name):
     assert [box["title"] for box in boxes if box["box"][3] + 1 < box["least"]] == [], "too small for their widgets"
 
 
-def test_missing_files_are_the_only_thing_that_a_new_user_has_to_choose(
-    make_server, chromium, shipped, tmp_path, load_helper
-):
-    pages = load_helper("browser/conftest.py")
-    with make_server(tmp_path / "fresh") as server:
-        context = chromium.new_context()
-        frontend = pages.Frontend(context.new_page(), server.url)
-        frontend.open()
+def test_missing_files_are_the_only_thing_that_a_new_user_has_to_choose(make_server, open_frontend, shipped, tmp_path):
+    with make_server(tmp_path / "fresh") as server, open_frontend(server.url) as frontend:
         for name in NAMES:
             frontend.load(shipped.ui(name))
             assert frontend.missing_nodes() == []
             assert frontend.node_errors()["marked"] == []
             choices = {entry.split(" = ")[0].split(".")[1] for entry in frontend.red_widgets()}
             assert choices <= FILES_TO_CHOOSE
-        context.close()
 
 
 def test_the_template_browser_lists_them_with_their_pictures(frontend, page, client, tmp_path):
