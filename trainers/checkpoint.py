@@ -66,7 +66,8 @@ class Checkpoints:
         values: dict[str, Any] = {"step": step, "schedule": _jsonable(self._schedule.state_dict())}
         values["learning_rates"] = [group["lr"] for group in self._optimizer.param_groups]
         values["scaler"] = self._scaler.state_dict()
-        for index, entries in self._optimizer.state_dict()["state"].items():
+        # bitsandbytes nests the tensors of its own dictionary, and reads them unnested too.
+        for index, entries in torch.optim.Optimizer.state_dict(self._optimizer)["state"].items():
             _split(f"optimizer.{index}", entries, tensors, values)
         for name, other in self._others.items():
             _split(f"other.{name}", other.state_dict(), tensors, values)

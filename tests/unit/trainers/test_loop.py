@@ -702,23 +702,33 @@ def test_eight_bit_without_its_package_is_a_clear_error(monkeypatch):
         Toy().train(steps=1, optimizer="adamw8bit")
 
 
-def test_eight_bit_takes_the_same_settings(monkeypatch):
+def test_eight_bit_takes_the_same_settings_and_resumes(monkeypatch, tmp_path):
     made = []
 
     class AdamW8bit(torch.optim.AdamW):
+        """bitsandbytes' own state dictionary has the tensors one level deeper; it reads both."""
+
         def __init__(self, groups, **settings):
             made.append(settings)
             super().__init__(groups, **settings)
 
+        def state_dict(self):
+            whole = super().state_dict()
+            return {**whole, "state": {index: {"wrapped": entries} for index, entries in whole["state"].items()}}
+
+    plain = Toy()
+    plain.train(steps=2, adam_beta1=0.5)
     package = type(loop)("bitsandbytes.optim")
     package.AdamW8bit = AdamW8bit
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", type(loop)("bitsandbytes"))
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", package)
-    plain, toy = Toy(), Toy()
-    plain.train(steps=2, adam_beta1=0.5)
-    toy.train(steps=2, adam_beta1=0.5, optimizer="adamw8bit")
+    toy = Toy()
+    settings = {"adam_beta1": 0.5, "optimizer": "adamw8bit", "checkpoint_every": 1}
+    toy.train(tmp_path, steps=1, **settings)
     assert made == [{"betas": (0.5, 0.999), "eps": 1e-8}]
-    assert same(plain.weights, toy.weights)
+    again = Toy()
+    again.train(tmp_path, steps=2, resume=True, **settings)
+    assert same(plain.weights, again.weights)
 
 
 def test_fp16_is_refused_where_it_cannot_train():
