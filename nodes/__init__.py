@@ -10,6 +10,7 @@ from .dvar import TrainCustomDiffusion, TrainDreamBoothLoRA, TrainTextualInversi
 from .export_lora import ExportLoRA
 from .faces import FaceCropAndAlign
 from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveIdentity
+from .identity_set import IdentityPrompts, SaveIdentitySet
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
 from .perfusion import (
     ApplyPerfusion,
@@ -65,6 +66,8 @@ NODES: list[type[io.ComfyNode]] = [
     PerfusionEDMSchedule,
     PersonalizationScores,
     TrainLookaheadEncoder,
+    IdentityPrompts,
+    SaveIdentitySet,
 ]
 
 

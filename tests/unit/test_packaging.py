@@ -76,7 +76,7 @@ def test_every_data_file_is_packaged():
         path
         for folder in ("models", "nodes", "trainers", "workflows")
         for path in (ROOT / folder).rglob("*.*")
-        if path.suffix in (".json", ".toml")
+        if path.suffix in (".json", ".toml", ".txt")
     }
     assert on_disk, "model configurations, examples and workflows are data files"
     assert sorted(on_disk - packaged) == []
