@@ -112,6 +112,7 @@ def install(venv: Path, host: Path | None) -> None:
         _say(f"Creating {venv}")
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(CONSTRAINTS)]
+    pip += ["--no-compile"]  # half of the time would go into modules that are never imported
 
     _say("Installing torch (the largest part)")
     subprocess.run([*pip, "torch"], check=True)
