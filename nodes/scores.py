@@ -1,19 +1,17 @@
 """How well pictures keep a subject and follow their prompts, in the numbers that papers report."""
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io, ui
 
-from ..models.errors import ConfigError, FormatError
+from ..models.errors import ConfigError
 from ..models.faces import network_files
 from ..models.similarity import Score, score_table
+from ..trainers.network_folders import folder_files
 from ..trainers.pictures import Picture
 from ..trainers.plots import score_chart
-from ..trainers.scoring import Judge, judge_files, judge_in
 from . import _host
 from ._choices import first_refusal, known
 from ._folders import JUDGES
+from ._network_folders import NONE, chosen_folder, network_folders
 from .faces import face_model_folders
 from .scoring import (
     CLIP_I,
@@ -27,8 +25,6 @@ from .scoring import (
     scores_by_folder,
     scores_by_host,
 )
-
-NONE = "none"
 
 
 class PersonalizationScores(io.ComfyNode):
@@ -57,14 +53,14 @@ class PersonalizationScores(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "clip_folder",
-                    options=[NONE, *_judge_folders("clip")],
+                    options=[NONE, *network_folders(JUDGES, "clip")],
                     default=NONE,
                     tooltip="For CLIP-I and CLIP-T: a CLIP in transformers' layout, a folder in models/scoring. Papers "
                     "mostly use openai/clip-vit-base-patch32 or clip-vit-large-patch14.",
                 ),
                 io.Combo.Input(
                     "dino_folder",
-                    options=[NONE, *_judge_folders("dino")],
+                    options=[NONE, *network_folders(JUDGES, "dino")],
                     default=NONE,
                     tooltip="For DINO: DINO or DINOv2 in transformers' layout, a folder in models/scoring. DreamBooth "
                     "uses facebook/dino-vits16.",
@@ -102,16 +98,16 @@ class PersonalizationScores(io.ComfyNode):
     def validate_inputs(cls, clip_folder=None, dino_folder=None, face_folder=None) -> bool | str:
         return first_refusal(
             [
-                known("CLIP folder", _single(clip_folder), [NONE, *_judge_folders("clip")]),
-                known("DINO folder", _single(dino_folder), [NONE, *_judge_folders("dino")]),
+                known("CLIP folder", _single(clip_folder), [NONE, *network_folders(JUDGES, "clip")]),
+                known("DINO folder", _single(dino_folder), [NONE, *network_folders(JUDGES, "dino")]),
                 known("folder of face models", _single(face_folder), [NONE, *face_model_folders()]),
             ]
         )
 
     @classmethod
     def fingerprint_inputs(cls, clip_folder=None, dino_folder=None, face_folder=None, **_others) -> str:
-        judges = _judge_folders("clip") | _judge_folders("dino")
-        files = [judge_files(judges[name]) for one in (clip_folder, dino_folder) if (name := _single(one)) in judges]
+        judges = network_folders(JUDGES, "clip") | network_folders(JUDGES, "dino")
+        files = [folder_files(judges[name]) for one in (clip_folder, dino_folder) if (name := _single(one)) in judges]
         faces = face_model_folders().get(_single(face_folder))
         return _host.file_version(*(path for some in files for path in some), *(network_files(faces) if faces else ()))
 
@@ -125,13 +121,13 @@ class PersonalizationScores(io.ComfyNode):
         measures = []
         with _host.short_paths():
             if clip_folder != NONE:
-                measures.append((scores_by_folder, _folder(_judge_folders("clip"), clip_folder)))
+                measures.append((scores_by_folder, chosen_folder(network_folders(JUDGES, "clip"), clip_folder)))
             elif clip_vision is not None:
                 measures.append((scores_by_host, clip_vision, clip))
             if dino_folder != NONE:
-                measures.append((dino_score, _folder(_judge_folders("dino"), dino_folder)))
+                measures.append((dino_score, chosen_folder(network_folders(JUDGES, "dino"), dino_folder)))
             if face_folder != NONE:
-                measures.append((face_score, _folder(face_model_folders(), face_folder)))
+                measures.append((face_score, chosen_folder(face_model_folders(), face_folder)))
             sitting = _sitting(cls.hidden.unique_id, images, references, _lines(prompts), len(measures))
             found = {}
             for measure, *arguments in measures:
@@ -185,23 +181,6 @@ def _sitting(node_id: str | None, images: list, references: list, prompts: list[
         progress.raise_if_cancelled()
 
     return Sitting(made, real, prompts, advance)
-
-
-def _judge_folders(judge: Judge) -> dict[str, Path]:
-    """Folders in the host's folder for scoring whose network can judge so, by the names in the list."""
-    found = {}
-    for root in map(Path, folder_paths.get_folder_paths(JUDGES)):
-        for pattern in ("*/config.json", "*/*/config.json"):
-            for path in sorted(root.glob(pattern)):
-                if judge_in(path.parent) == judge:
-                    found.setdefault(path.parent.relative_to(root).as_posix(), path.parent)
-    return found
-
-
-def _folder(folders: dict[str, Path], name: str) -> Path:
-    if name not in folders:
-        raise FormatError(f"there is no folder {name!r} with a fitting network any more; choose another one")
-    return folders[name]
 
 
 def _single(values):

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from comfyui_personalize.models.errors import FormatError
-from comfyui_personalize.trainers.scoring import judge_files, judge_in, load_clip_judge, load_dino_judge
+from comfyui_personalize.trainers.network_folders import folder_files, network_in
+from comfyui_personalize.trainers.scoring import load_clip_judge, load_dino_judge
 from comfyui_personalize.trainers.tokenizer import load_tokenizer
 
 
@@ -132,19 +133,19 @@ def test_nothing_is_asked_of_the_network(clip, dino, monkeypatch):
 
 
 def test_a_folder_tells_what_it_can_judge_by(clip, dino, tiny, tmp_path):
-    assert (judge_in(clip), judge_in(dino), judge_in(tmp_path), judge_in(tmp_path / "gone")) == (
+    assert (network_in(clip), network_in(dino), network_in(tmp_path), network_in(tmp_path / "gone")) == (
         "clip",
         "dino",
         None,
         None,
     )
-    assert judge_in(tiny.write_dino(tmp_path / "dinov2", "dinov2")) == "dino"
-    assert {"config.json", "model.safetensors"} <= {path.name for path in judge_files(clip)}
+    assert network_in(tiny.write_dino(tmp_path / "dinov2", "dinov2")) == "dino"
+    assert {"config.json", "model.safetensors"} <= {path.name for path in folder_files(clip)}
     for text in ('{"model_type": "llama"}', '{"model_type": ["clip"]}', "[]", "{", "[" * 100_000, "\0"):
         (clip / "config.json").write_text(text)
-        assert judge_in(clip) is None
+        assert network_in(clip) is None
     (dino / "model.safetensors").unlink()
-    assert judge_in(dino) is None
+    assert network_in(dino) is None
 
 
 def test_the_wrong_kind_is_refused(clip, dino):
