@@ -73,6 +73,24 @@ def test_an_infinite_bias_closes_the_gate():
     torch.testing.assert_close(answer, F.linear(orthogonal_to(x, i), WEIGHT), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("beta", [10.0, math.inf])
+def test_a_closed_gate_takes_the_concepts_component_away_and_nothing_else(beta):
+    """No bias switches a concept off, in the authors' code (perfusion/roe.py) as here: W i* sim/E stays away."""
+    i, x = draws(DIM, seed=2), draws(2, TOKENS, DIM, seed=3)
+    lost = F.linear(x, WEIGHT) - edited(EditSpace([target(i, beta)]), x, draws(1, OUT, seed=4))
+    share = (x @ INVERSE @ i) / (i @ INVERSE @ i)
+    torch.testing.assert_close(lost, share.unsqueeze(-1) * F.linear(i, WEIGHT), rtol=1e-4, atol=1e-5)
+    assert lost.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("beta", [10.0, math.inf])
+def test_a_closed_gate_is_the_plain_model_for_encodings_without_the_concept(beta):
+    i, x = draws(DIM, seed=2), draws(2, TOKENS, DIM, seed=3)
+    x = orthogonal_to(x, i)
+    answer = edited(EditSpace([target(i, beta)]), x, torch.full((1, OUT), 100.0))
+    torch.testing.assert_close(answer, F.linear(x, WEIGHT), rtol=1e-5, atol=1e-5)
+
+
 def test_strength_zero_is_the_plain_projection_bit_for_bit():
     space, x = EditSpace([target(draws(DIM, seed=2))]), draws(2, TOKENS, DIM, seed=3)
     plain, output, basis = F.linear(x, WEIGHT), draws(1, OUT, seed=4), F.linear(space.basis, WEIGHT)
