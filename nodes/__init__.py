@@ -19,10 +19,13 @@ from .perfusion import (
     PerfusionEDMSchedule,
     PerfusionTextEncode,
 )
+from .perfusion_balance import PerfusionBalance
+from .perfusion_concepts import InspectPerfusionConcepts
 from .preview_guidance import LookaheadPreviewGuidance
 from .preview_losses import ClipLossNode, IdentityLossNode, PictureLossNode
 from .prompts import PromptBatch
 from .scores import PersonalizationScores
+from .subject_masks import SoftSubjectMasks
 from .train_dco import TrainDCO
 from .train_lookahead import TrainLookaheadEncoder
 from .train_perfusion import EstimateTextCovariance, TrainPerfusion
@@ -68,6 +71,9 @@ NODES: list[type[io.ComfyNode]] = [
     TrainLookaheadEncoder,
     IdentityPrompts,
     SaveIdentitySet,
+    SoftSubjectMasks,
+    PerfusionBalance,
+    InspectPerfusionConcepts,
 ]
 
 

@@ -12,6 +12,7 @@ CONCEPTS = "perfusion_concepts"
 COVARIANCES = "perfusion_covariances"
 CUSTOM_DIFFUSIONS = "custom_diffusion"
 JUDGES = "scoring"
+SEGMENTERS = "clipseg"
 ENDINGS = {
     ENCODERS: {".safetensors", ".pt", ".bin", ".pth"},
     IDENTITIES: {".safetensors"},
@@ -21,6 +22,7 @@ ENDINGS = {
     COVARIANCES: {".safetensors", ".npy"},
     CUSTOM_DIFFUSIONS: {".safetensors", ".bin", ".pt"},
     JUDGES: {".safetensors", ".bin"},
+    SEGMENTERS: {".safetensors", ".bin"},
 }
 """Folder kind, which is also the folder's name below ``models``, -> endings of its files."""
 

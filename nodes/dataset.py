@@ -298,6 +298,7 @@ class PersonalizationDataset(io.ComfyNode):
                     [example.picture for example in examples],
                     captions or [example.caption for example in examples],
                     base_captions=base_captions or [example.base_caption or None for example in examples],
+                    masks=[example.mask for example in examples],
                     tokens=tokens,
                 )
             if class_folder != NO_FOLDER:

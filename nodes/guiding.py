@@ -148,8 +148,14 @@ def sample_latent(
     sampler_name: str,
     scheduler: str,
     denoise: float,
+    *,
+    callback: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
-    """What KSampler does with a LATENT (batch, channels, height, width), under any guider."""
+    """What KSampler does with a LATENT (batch, channels, height, width), under any guider.
+
+    Args:
+        callback: gets step, denoised latents, latents and number of steps; None shows a preview on the node.
+    """
     model = guider.model_patcher
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
@@ -159,7 +165,7 @@ def sample_latent(
         comfy.samplers.sampler_object(sampler_name),
         scheduled_sigmas(model, steps, sampler_name, scheduler, denoise),
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
+        callback=callback or latent_preview.prepare_callback(model, steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )

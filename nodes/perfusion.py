@@ -1,18 +1,15 @@
 """Perfusion nodes: load concepts, put them on a model, and sample several in one picture."""
 
-import logging
-from dataclasses import replace
-
 import comfy.samplers
 from comfy_api.latest import io
 
 from ..models.perfusion import edm_sigmas, read_concept
-from ..models.tokens import plain_name
 from . import _host, _sockets
 from ._choices import first_refusal, known
 from ._folders import CONCEPTS
 from .guiding import SigmaRange, sample_latent
 from .learned_tokens import teach
+from .perfusion_concepts import joined, words_of
 from .perfusion_prompts import encode, with_words
 from .rank_one_edits import GatedConcept, attach
 
@@ -86,20 +83,8 @@ class LoadPerfusionConcept(io.ComfyNode):
         if enabled:
             with _host.short_paths():
                 concept = read_concept(_host.model_path(CONCEPTS, concept_name), trigger.strip())
-            free = _free_word(concept.trigger, [gated.concept.trigger for gated in loaded])
-            if free != concept.trigger:
-                logging.warning("%s: the word %s is taken, use %s", concept_name, concept.trigger, free)
-                concept = replace(concept, embedding=replace(concept.embedding, trigger=free))
-            loaded = (*loaded, GatedConcept(concept, beta, tau))
-        return io.NodeOutput(loaded, ", ".join(gated.concept.trigger for gated in loaded))
-
-
-def _free_word(trigger: str, taken: list[str]) -> str:
-    """The word itself, or the first numbered one that no other concept has; prompts ignore case."""
-    used, word, number = {one.lower() for one in taken}, trigger, 2
-    while word.lower() in used:
-        word, number = f"<{plain_name(trigger)}-{number}>", number + 1
-    return word
+            loaded = joined(loaded, [GatedConcept(concept, beta, tau)])
+        return io.NodeOutput(loaded, words_of(loaded))
 
 
 class ApplyPerfusion(io.ComfyNode):

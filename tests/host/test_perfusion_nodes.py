@@ -108,6 +108,19 @@ def test_an_empty_range_is_the_plain_model_bit_for_bit(comfy, tools, scene):
     assert not torch.equal(tools.ksample(late, *prompts), tools.ksample(whole, *prompts))
 
 
+@pytest.mark.parametrize("family", ("sd15", "sdxl"))
+def test_concepts_switched_off_are_the_plain_model_bit_for_bit(comfy, tools, scene, family):
+    from comfyui_personalize.nodes.perfusion import LoadPerfusionConcept
+
+    one = scene(family)
+    (concepts, words) = LoadPerfusionConcept.execute("not read", beta=0.6, tau=0.1, enabled=False).result
+    assert (concepts, words) == ((), "")
+    model, clip = one.apply(concepts)
+    prompts = [encode(comfy, clip, text) for text in ("a <cup> in paris", "blurry")]
+    plain = [encode(comfy, one.clip, text) for text in ("a <cup> in paris", "blurry")]
+    assert torch.equal(tools.ksample(model, *prompts), tools.ksample(one.model, *plain))
+
+
 def test_rows_of_a_batch_do_not_see_each_other(tools, scene):
     two = scene(count=2)
     start = {"samples": torch.zeros(2, 4, 8, 8)}
@@ -236,6 +249,36 @@ def folder(comfy):
     path = Path(comfy.folder_paths.get_folder_paths(folders.CONCEPTS)[0])
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def test_chains_are_merged_and_described(scene, caplog):
+    from comfyui_personalize.models.errors import ConfigError
+    from comfyui_personalize.nodes.perfusion_concepts import InspectPerfusionConcepts
+
+    two = scene(count=2)
+    with caplog.at_level(logging.WARNING):
+        merged, words, text = InspectPerfusionConcepts.execute(two.concepts, two.concepts[:1]).result
+    assert words == "<cup>, <bear>, <cup-2>" and "is taken, use <cup-2>" in caplog.text
+    assert merged[:2] == two.concepts and merged[2].concept.parts is two.concepts[0].concept.parts
+    assert "| word | `<cup-2>` |" in text and "| resemblance | `<cup>` | `<bear>` | `<cup-2>` |" in text
+    assert "resemblance" not in InspectPerfusionConcepts.execute(two.concepts[:1]).result[2]
+    with pytest.raises(ConfigError, match="there are no concepts"):
+        InspectPerfusionConcepts.execute((), ())
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(folder, capsys):
+    from comfyui_personalize.models.errors import FormatError
+    from comfyui_personalize.nodes.perfusion import LoadPerfusionConcept
+
+    torch.save({"target_input": Hostile()}, folder / "hostile.ckpt")
+    message = refusal(FormatError, lambda: LoadPerfusionConcept.execute("hostile.ckpt", 0.6, 0.1, True))
+    assert message.startswith("hostile.ckpt: refused, it contains ") and "this ran" not in capsys.readouterr().out
+    (folder / "hostile.ckpt").unlink()
 
 
 def test_files_are_chained_and_a_taken_word_is_numbered(tools, scene, folder, caplog):

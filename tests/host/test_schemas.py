@@ -18,6 +18,7 @@ HOST_LISTS = {
     "captions_file",
     "model_folder",
     "clip_folder",
+    "clipseg_folder",
     "dino_folder",
     "face_folder",
     "delta_name",

@@ -48,6 +48,21 @@ def write_dino(folder: Path, kind: str = "vit") -> Path:
     return _write(model, config(**sizes), folder)
 
 
+def write_clipseg(folder: Path, *, tokenizer=None) -> Path:
+    """CLIPSegForImageSegmentation, for squares of SIDE, and the tokenizer if there is one."""
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+    decoder = {"extract_layers": [0, 1], "reduce_dim": 16, "decoder_intermediate_size": 32}
+    config = CLIPSegConfig(
+        text_config=_TEXT, vision_config=_VISION, projection_dim=24, decoder_num_attention_heads=2, **decoder
+    )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    _write(CLIPSegForImageSegmentation, config, folder)
+    write_preprocessor(folder, size={"height": SIDE, "width": SIDE}, resample=2)
+    return folder
+
+
 def write_preprocessor(folder: Path, **values) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
 

@@ -1,0 +1,77 @@
+"""Chains of Perfusion concepts: joined, with words of their own, and described."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..models.errors import ConfigError
+from ..models.perfusion.summary import describe_company, describe_concept
+from ..models.tokens import plain_name
+from . import _sockets
+from .rank_one_edits import GatedConcept
+
+
+class InspectPerfusionConcepts(io.ComfyNode):
+    """What concepts are, and two chains as one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeInspectPerfusionConcepts",
+            display_name="Merge and Inspect Perfusion Concepts",
+            category="personalize/perfusion",
+            description="Joins two chains of concepts into one, and tells of each its word, superclass, sizes, "
+            "covariance, gate and training, and how alike they are.",
+            is_output_node=True,
+            inputs=[
+                _sockets.Concepts.Input("concepts", tooltip="From Load Perfusion Concept."),
+                _sockets.Concepts.Input(
+                    "more", optional=True, tooltip="Another chain; its concepts come behind, {3} after {1} and {2}."
+                ),
+            ],
+            outputs=[
+                _sockets.Concepts.Output(display_name="concepts", tooltip="All concepts of both chains."),
+                io.String.Output(display_name="tokens", tooltip="Their words, separated by commas."),
+                io.String.Output(display_name="text", tooltip="What they are, in Markdown."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, concepts, more=()) -> io.NodeOutput:
+        together = joined(concepts, more)
+        if not together:
+            raise ConfigError("there are no concepts; switch at least one Load Perfusion Concept on")
+        parts = [describe_concept(gated.concept, gated.beta, gated.tau) for gated in together]
+        if len(together) > 1:
+            parts.append(describe_company([gated.concept for gated in together]))
+        text = "\n\n".join(parts)
+        return io.NodeOutput(together, words_of(together), text, ui={"text": [text]})
+
+
+def joined(concepts: Sequence[GatedConcept], more: Sequence[GatedConcept]) -> tuple[GatedConcept, ...]:
+    """Both chains; a word that is taken is numbered, and the log says so, as the authors' code does."""
+    together = tuple(concepts)
+    for gated in more:
+        concept = gated.concept
+        free = _free_word(concept.trigger, [one.concept.trigger for one in together])
+        if free != concept.trigger:
+            logging.warning("%s: the word %s is taken, use %s", concept.name, concept.trigger, free)
+            renamed = replace(concept, embedding=replace(concept.embedding, trigger=free))
+            gated = replace(gated, concept=renamed)
+        together = (*together, gated)
+    return together
+
+
+def words_of(concepts: Sequence[GatedConcept]) -> str:
+    """The words of a chain, separated by commas."""
+    return ", ".join(gated.concept.trigger for gated in concepts)
+
+
+def _free_word(trigger: str, taken: list[str]) -> str:
+    """The word itself, or the first numbered one that no other concept has; prompts ignore case."""
+    used, word, number = {one.lower() for one in taken}, trigger, 2
+    while word.lower() in used:
+        word, number = f"<{plain_name(trigger)}-{number}>", number + 1
+    return word
