@@ -159,7 +159,7 @@ def run_training(node: type[io.ComfyNode], train: Callable[..., Any]) -> io.Node
             before_loading=_host.free_vram,
         )
     progress.raise_if_cancelled()
-    curve = loss_curve(result.train.losses, result.train.evaluations)
+    curve = loss_curve(result.train.losses, result.train.evaluations, result.train.criterion)
     preview = result.preview or Image.new("RGB", (64, 64))
     images = _host.pictures_to_images([curve])
     return io.NodeOutput(
@@ -184,7 +184,8 @@ OUTPUTS = [
     ),
     io.Image.Output(
         display_name="loss_curve",
-        tooltip="Loss per step, its running mean, and in orange the evaluations of a stopping rule.",
+        tooltip="Loss per step, its running mean, and what a stopping rule looked at: its evaluations in orange, its "
+        "own value in green with its threshold, and the step at which it stopped.",
     ),
     io.Image.Output(display_name="preview", tooltip="The last preview picture; black when none was asked for."),
     io.Int.Output(display_name="steps", tooltip="Optimizer steps done."),

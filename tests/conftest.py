@@ -81,6 +81,12 @@ def tiny_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A folder with a tiny CLIP with random weights, without a tokenizer, as transformers saves it; read only."""
+    return _load_helper("tiny/judges.py").write_clip(tmp_path_factory.mktemp("judges") / "tiny_clip")
+
+
+@pytest.fixture(scope="session")
 def make_server(comfyui, tiny_checkpoint):
     """make_server(base, **options) -> a ComfyUI that is not started yet, with the three tiny checkpoints."""
     checkpoints = {path.name: path for path in map(tiny_checkpoint, ("sd15", "sd21", "sdxl"))}

@@ -135,7 +135,7 @@ def check_resumable(folder: Path | None, fingerprint: str) -> bool:
     """Whether a run has a state to continue from; only the newest one's header is read.
 
     Raises:
-        ConfigError: the state belongs to other settings, pictures or another base model.
+        ConfigError: the state belongs to other settings, pictures, another base model or another stopping rule.
         FormatError: the state is damaged.
     """
     paths = newest_states(folder)
@@ -151,8 +151,8 @@ def _check(path: Path, fingerprint: str) -> None:
             raise FormatError(f"expected a {STATE_FORMAT} file")
     if metadata.get("fingerprint") != fingerprint:
         raise ConfigError(
-            f"the training state {path.name} was made with other settings, pictures or base model; restore "
-            "them, turn resume off, or train under another name"
+            f"the training state {path.name} was made with other settings, pictures, base model or stopping rule; "
+            "restore them, turn resume off, or train under another name"
         )
 
 

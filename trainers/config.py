@@ -177,7 +177,10 @@ def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin = get_origin(kind)
     if origin in (Union, UnionType):
-        return None if value is None else _convert(next(a for a in get_args(kind) if a is not type(None)), value, where)
+        kinds = [kind for kind in get_args(kind) if kind is not type(None)]
+        if value is None:
+            return None
+        return _convert(kinds[0], value, where) if len(kinds) == 1 else _build_ruled(kinds, value, where)
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{where[:-1]} must be a list, got {value!r}")
@@ -190,6 +193,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return Path(value).expanduser()
     check_type(where[:-1], value, kind)
     return value
+
+
+def _build_ruled(kinds: Sequence[Any], value: Any, where: str) -> Any:
+    """The one of several config classes whose ``rule`` a table names; the first where it names none."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where[:-1]} must be a table of settings, got {value!r}")
+    named = {kind.rule: kind for kind in kinds}
+    name = value.get("rule", kinds[0].rule)
+    if name not in named:
+        raise ConfigError(f"{where}rule must be one of {', '.join(named)}, got {name!r}")
+    return build(named[name], {key: setting for key, setting in value.items() if key != "rule"}, where)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

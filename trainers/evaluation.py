@@ -1,7 +1,7 @@
 """A recipe's own objective on DVAR's evaluation batch: cached latents, one forward pass, no autoencoder."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +13,33 @@ SEED_DISTANCE = 2**32
 """Between the seeds of the training and of its evaluation, so that they do not begin with the same noise."""
 
 
+class Evaluator(Protocol):
+    """What a training loop asks of whatever a stopping rule looks at."""
+
+    measure: str
+    """Name of the value in the log."""
+    higher_is_better: bool
+
+    def run(self, cancelled: Callable[[], bool]) -> dict[str, float] | None:
+        """Values of the weights as they are now, "" for the one that rules look at; None when the user cancelled.
+
+        Args: cancelled: asked before every forward pass.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the coming values besides the weights."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``."""
+
+
 class Evaluation:
     """Evaluates with draws of its own: training takes the same course with and without it.
 
     Pictures are evaluated in their first cut, unmirrored; the noise has no offset.
     """
+
+    measure, higher_is_better = "evaluation", False
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from .best import BestWeights
 from .checkpoint import Checkpoints, Stateful
 from .config import TrainConfig
 from .devices import free_memory, is_out_of_memory, out_of_memory
-from .evaluation import Evaluation
+from .evaluation import Evaluator
 from .optimizer import (
     SHARPNESS_AWARE,
     ParameterGroup,
@@ -30,7 +30,7 @@ from .optimizer import (
 from .progress import Progress, SilentProgress
 from .ranks import Ranks
 from .run_log import RunLog
-from .stopping import FixedSteps, StoppingRule
+from .stopping import Criterion, FixedSteps, StoppingRule
 
 SKIPPED_STEPS_LIMIT = 20
 """Consecutive fp16 steps that may overflow while the loss scale adapts."""
@@ -45,6 +45,8 @@ class TrainResult:
     stopped_by: Literal["steps", "rule", "cancelled", "nan"] = "steps"
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     """Steps done and the loss on the evaluation batch, where the stopping rule asks for it."""
+    criterion: Criterion = field(default_factory=Criterion)
+    """What the stopping rule has decided by."""
     explanation: str = ""
     """What the stopping rule has to say: why it ended the run, or why it did not."""
     best_step: int | None = None
@@ -68,7 +70,7 @@ class TrainResult:
         if self.explanation:
             reasons["steps"] += f"; {self.explanation}"
         kept = "" if self.best_step is None else f", best weights from step {self.best_step}"
-        share = f", {self.evaluation_share:.0%} of the time for evaluations" if self.evaluations else ""
+        share = f", {self.evaluation_share:.0%} of the time for evaluations" if self.criterion.values else ""
         return (
             f"{self.steps} steps ({reasons[self.stopped_by]}{kept}), {self.steps_per_second:.2f} steps/s{share}, "
             f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
@@ -86,7 +88,7 @@ def train_loop(
     clip_only: Callable[[], Sequence[Tensor] | None] | None = None,
     after_step: Callable[[], None] | None = None,
     stopping: StoppingRule | None = None,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluator | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
     run_folder: Path | None = None,
@@ -105,7 +107,7 @@ def train_loop(
         clip_only: asked after the backward passes of each step: the tensors that are clipped, by their norm; None is
             all.
         after_step: called after every optimizer step, for instance to retract embeddings.
-        evaluation: the recipe's objective on the batch that the stopping rule asks for.
+        evaluation: what the stopping rule asks for: the recipe's objective on a batch, or how alike its pictures are.
         run_folder: where the log, the previews and the training states go; None keeps nothing.
         fingerprint: identity of settings and data; a state with another one is not resumed.
         preview: step number -> picture, or None when the user cancelled meanwhile. Previews stop, and
@@ -120,13 +122,14 @@ def train_loop(
     """
     progress, ranks, state = progress or SilentProgress(), ranks or Ranks(), state or {}
     rule = stopping or FixedSteps()
-    if rule.evaluation is not None and evaluation is None:
+    if evaluation is None and (rule.evaluation is not None or rule.pictures is not None):
         raise TrainingError("the stopping rule needs evaluations, which this training does not make; use Stop: Fixed")
     total, stopper = rule.limit(config.steps), rule.start(config.batch_size * config.gradient_accumulation)
     optimizer = make_optimizer(config, groups, ranks)
     schedule = make_schedule(config, optimizer, total)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16" and device.type == "cuda")
-    result = TrainResult()
+    result = TrainResult(criterion=Criterion(stopper.label))
+    history = _History(result, stopper.measure)
     best = BestWeights(groups) if config.keep == "best" else None
     drawn = {**state, "stopping": stopper, **({"evaluation": evaluation} if evaluation else {})}
     checkpoints = Checkpoints(
@@ -137,7 +140,7 @@ def train_loop(
         optimizer=optimizer,
         schedule=schedule,
         scaler=scaler,
-        others={**drawn, "result": _History(result), **({"best": best} if best else {})},
+        others={**drawn, "result": history, **({"best": best} if best else {})},
     )
     if config.resume:
         result.steps = checkpoints.load_newest()
@@ -155,21 +158,30 @@ def train_loop(
     failure: PersonalizeError | None = None
     before: dict[str, dict] = {}
     try:
-        while result.steps < total and not finished:
+        while not finished:
+            wanted = evaluation is not None and stopper.wants_evaluation(result.steps)
+            if result.steps >= total and not (wanted and stopper.at_once):
+                break
             started = time.perf_counter()
             before = {name: other.state_dict() for name, other in drawn.items()}
-            if evaluation is not None and stopper.wants_evaluation(result.steps):
-                losses = evaluation.run(lambda: ranks.any(progress.cancelled()))
-                if losses is None:
+            if wanted:
+                values = evaluation.run(lambda: ranks.any(progress.cancelled()))
+                if values is None:
                     result.stopped_by = "cancelled"
                     break
-                found = stopper.evaluated(result.steps, losses[""])
+                found = stopper.evaluated(result.steps, values[""])
                 standing = "".join(f" · {name} {value:.3f}" for name, value in found.items())
-                measured = {f"evaluation_{name}".rstrip("_"): value for name, value in losses.items()} | found
+                measured = {f"{evaluation.measure}_{name}".rstrip("_"): value for name, value in values.items()} | found
                 measured = {name: value for name, value in measured.items() if math.isfinite(value)}
                 if best is not None:
-                    best.offer(result.steps, losses[""])
+                    best.offer(result.steps, -values[""] if evaluation.higher_is_better else values[""])
                 evaluating += time.perf_counter() - started
+                finished = stopper.at_once and ranks.any(stopper.stopped)
+                if finished or result.steps >= total:
+                    seconds, before = seconds + time.perf_counter() - started, {}
+                    log.write(result.steps, measured)
+                    history.evaluated(result.steps, measured)
+                    break
             loss = _accumulate(config, step, scaler, progress, ranks)
             if loss is not None and config.optimizer in SHARPNESS_AWARE:
                 if ranks.count > 1:
@@ -208,9 +220,8 @@ def train_loop(
                 checkpoints.clear()
             result.losses.append(loss)
             seconds, done = seconds + time.perf_counter() - started, done + 1
-            log.write(result.steps, loss, rate, measured)
-            if "evaluation" in measured:
-                result.evaluations.append((result.steps - 1, measured["evaluation"]))
+            log.write(result.steps, {"loss": loss, "lr": rate, **measured})
+            history.evaluated(result.steps - 1, measured)
             measured = {}
             if best is not None and evaluation is None:
                 best.smoothed(result.steps, result.losses)
@@ -251,6 +262,8 @@ def train_loop(
     result.steps_per_second = done / seconds if done else 0.0
     result.evaluation_share = evaluating / seconds if done else 0.0
     result.explanation = stopper.explain(total)
+    result.criterion.threshold = stopper.threshold
+    result.criterion.stopped_at = result.steps if result.stopped_by == "rule" else None
     result.peak_memory_bytes = peak_memory(device)
     if ranks.is_writer and result.steps:
         interrupted = failure is not None or result.stopped_by == "cancelled"
@@ -345,14 +358,24 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _History:
-    """The losses so far as part of a training state."""
+    """The losses and evaluations so far as part of a training state."""
 
-    def __init__(self, result: TrainResult) -> None:
-        self._result = result
+    def __init__(self, result: TrainResult, measure: str) -> None:
+        """Args: measure: name of what the stopping rule decides by."""
+        self._losses = result.losses
+        self._evaluations = {"evaluation": result.evaluations, measure: result.criterion.values}
+
+    def evaluated(self, steps: int, measured: Mapping[str, float]) -> None:
+        """Remember what was measured of the weights after ``steps`` steps."""
+        for name, values in self._evaluations.items():
+            if name in measured:
+                values.append((steps, measured[name]))
 
     def state_dict(self) -> dict:
-        return {"losses": self._result.losses, "evaluations": self._result.evaluations}
+        first, second = self._evaluations.values()
+        return {"losses": self._losses, "evaluations": first, "criterion": second}
 
     def load_state_dict(self, state: dict) -> None:
-        self._result.losses[:] = state["losses"]
-        self._result.evaluations[:] = [(steps, loss) for steps, loss in state.get("evaluations", ())]
+        self._losses[:] = state["losses"]
+        for name, values in zip(("evaluations", "criterion"), self._evaluations.values(), strict=True):
+            values[:] = [(steps, value) for steps, value in state.get(name, ())]

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .stopping import Criterion
+
 _INK, _FAINT, _RAW, _SMOOTH, _PAPER = (40, 44, 52), (222, 225, 230), (168, 196, 230), (21, 101, 192), (255, 255, 255)
-_EVALUATED = (230, 120, 20)
+_EVALUATED, _CRITERION, _LIMIT, _STOP = (230, 120, 20), (46, 125, 50), (142, 36, 170), (198, 40, 40)
 _SERIES = (_SMOOTH, _EVALUATED, (46, 125, 50), (142, 36, 170))
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 20, 44, 52
+_DASH = 8
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -26,6 +29,7 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 def loss_curve(
     losses: Sequence[float],
     evaluations: Sequence[tuple[int, float]] = (),
+    criterion: Criterion | None = None,
     *,
     title: str = "Loss",
     width: int = 768,
@@ -36,7 +40,10 @@ def loss_curve(
     Values are clipped to the range between the 1st and 99th percentile, so that one outlier does not
     flatten the curve; constant and empty histories are drawn too.
 
-    Args: evaluations: steps done and the loss on the evaluation batch, drawn in orange.
+    Args:
+        evaluations: steps done and the loss on the evaluation batch, drawn in orange.
+        criterion: what a stopping rule has decided by. Below, in a panel of its own, it is drawn in green with its
+            threshold in violet; a red line marks the step at which the rule ended the run.
     """
     image = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(image)
@@ -66,6 +73,41 @@ def loss_curve(
         points = [axes.point(max(steps - 1, 0), loss) for steps, loss in evaluations]
         draw.line(points, fill=_EVALUATED, width=3, joint="curve")
         draw.text((axes.right, 12), "evaluation", fill=_EVALUATED, font=text, anchor="ra")
+    if criterion is None or not criterion.values:
+        return image
+    panel = _criterion_panel(criterion, len(losses), width, height * 2 // 3)
+    both = Image.new("RGB", (width, height + panel.height), _PAPER)
+    both.paste(image, (0, 0))
+    both.paste(panel, (0, height))
+    if criterion.stopped_at is not None:
+        x = axes.point(criterion.stopped_at - 1, axes.low)[0]
+        draw = ImageDraw.Draw(both)
+        for top, bottom in ((_TOP, axes.bottom), (height + _TOP, both.height - _BOTTOM)):
+            draw.line((x, top, x, bottom), fill=_STOP, width=2)
+        draw.text((x - 6, _TOP + 4), f"stopped at {criterion.stopped_at}", fill=_STOP, font=small, anchor="ra")
+    return both
+
+
+def _criterion_panel(criterion: Criterion, columns: int, width: int, height: int) -> Image.Image:
+    """A rule's values over the steps of the run, and their threshold as a dashed line."""
+    image = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(image)
+    text, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    draw.text((_LEFT, 12), criterion.label, fill=_CRITERION, font=text)
+    limits = [] if criterion.threshold is None else [criterion.threshold]
+    shown = [value for _, value in criterion.values] + limits
+    margin = 0.05 * (max(shown) - min(shown)) or 0.05
+    axes = _Axes(min(shown) - margin, max(shown) + margin, columns, width - _RIGHT, height - _BOTTOM)
+    axes.draw(draw, "optimizer step", small)
+    for limit in limits:
+        y = axes.point(0, limit)[1]
+        for x in range(_LEFT, axes.right, 2 * _DASH):
+            draw.line((x, y, min(x + _DASH, axes.right), y), fill=_LIMIT, width=2)
+        draw.text((axes.right, 12), f"threshold {limit:.3g}", fill=_LIMIT, font=text, anchor="ra")
+    points = [axes.point(max(steps - 1, 0), value) for steps, value in criterion.values]
+    draw.line(points, fill=_CRITERION, width=3, joint="curve")
+    for x, y in points if len(points) <= 60 else ():
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_CRITERION)
     return image
 
 

@@ -13,10 +13,12 @@ from .base import TrainingBase, open_base
 from .batches import LatentBatches
 from .cache import Augmentation, LatentCache
 from .checkpoint import GeneratorState, check_states
+from .conditioning import Conditioning
 from .config import TrainConfig
 from .dataset import Dataset
 from .devices import dtype_of, free_memory, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
 from .evaluation import Evaluation
+from .likeness import Likeness, PictureScore
 from .loop import TrainResult, train_loop
 from .optimizer import ParameterGroup, check_optimizer
 from .order import BatchOrder
@@ -74,9 +76,13 @@ class Prepared:
     unet: nn.Module
     """Frozen."""
     vae: Autoencoder | None
-    """Off the device, where there are to be previews."""
+    """Off the device, where pictures are to be sampled."""
     side: int
     preview_prompt: str
+    likeness: Likeness | None
+    """What compares sampled pictures with the dataset's, where the rule asks for it."""
+    checked_prompts: tuple[str, ...]
+    """Those of the pictures that are then sampled."""
 
     @property
     def device(self) -> torch.device:
@@ -128,16 +134,17 @@ class Prepared:
         """
         files: list[Path] = []
 
-        def conditioning():
-            time_ids = self.told_sizes(torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]]))
-            return self.text.reference([""], time_ids), self.text.policy([self.preview_prompt], time_ids)
+        def conditioning(prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+            sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]])
+            time_ids = self.told_sizes(sizes.expand(len(prompts), -1))
+            return self.text.reference([""] * len(prompts), time_ids), self.text.policy(list(prompts), time_ids)
 
         previews = Previews(
             self.config,
             self.unet,
             self.vae,
             self.schedule,
-            conditioning,
+            lambda: conditioning([self.preview_prompt]),
             side=self.side,
             device=self.device,
             progress=self.progress,
@@ -147,6 +154,20 @@ class Prepared:
             timesteps = self.base.schedule.timesteps
             evaluation = Evaluation(
                 self.rule.evaluation, self.latents, timesteps=timesteps, seed=self.config.seed, loss=evaluate
+            )
+        elif self.likeness is not None:
+            evaluation = PictureScore(
+                self.rule.pictures,
+                self.likeness,
+                self.checked_prompts,
+                conditioning,
+                config=self.config,
+                unet=self.unet,
+                vae=self.vae,
+                schedule=self.schedule,
+                side=self.side,
+                device=self.device,
+                ranks=self.ranks,
             )
         result = train_loop(
             self.config,
@@ -178,7 +199,7 @@ def prepare(
     text: Callable[..., TextSide],
     main: bool = True,
     augmentation: Augmentation | None = None,
-    first_prompt: str = "",
+    prompts: Sequence[str] = (),
 ) -> Prepared | Outcome:
     """Check everything that can be checked, then cache latents and encodings and load the UNet.
 
@@ -189,7 +210,8 @@ def prepare(
             resolved one.
         main: whether a file is written besides the embeddings.
         augmentation: of the pictures of the dataset, not of its class.
-        first_prompt: of previews, where the settings name none; empty takes the first caption.
+        prompts: what pictures are shown with, where that is not their captions. Previews take the first one, where
+            the settings name none, and a stopping rule that samples pictures takes some.
 
     Returns:
         The outcome when the user cancelled.
@@ -211,13 +233,17 @@ def prepare(
     check_optimizer(config)
     if rule.evaluation is not None:
         rule.evaluation.check(base.schedule.timesteps)
+    if rule.pictures is not None:
+        rule.pictures.check()
     tokenizer = base.tokenizer()
     check_tokens(dataset.tokens, tokenizer)
     if around.before_loading is not None:
         around.before_loading()
     reset_peak_memory(device)
     side = config.resolution or base.family.resolution
-    preview_prompt = config.preview_prompt or first_prompt or dataset.examples[0].caption
+    prompts = prompts or list(dict.fromkeys(example.caption for example in dataset.examples))
+    preview_prompt = config.preview_prompt or prompts[0]
+    checked_prompts = tuple(rule.pictures.choose(prompts)) if rule.pictures is not None else ()
     generator = torch.Generator().manual_seed(config.seed)
     cancelled = False
     try:
@@ -232,12 +258,16 @@ def prepare(
         }
         latents = LatentCache.build(dataset.examples, vae, augmentation=augmentation, **cuts)
         class_latents = LatentCache.build(dataset.class_examples, vae, **cuts) if dataset.class_examples else None
-        vae = vae.parked(dtype) if config.preview_every and ranks.is_writer else None
+        sampling = rule.pictures is not None or config.preview_every and ranks.is_writer
+        vae = vae.parked(dtype) if sampling else None
+        likeness = None if rule.pictures is None else Likeness(rule.pictures.clip, dataset, device)
         free_memory(device)
         if progress.cancelled():
             raise Cancelled
         progress.report(0, 1, "encoding captions")
-        text_side = text(config, tokenizer, prompts=(preview_prompt,), device=device, generator=generator)
+        text_side = text(
+            config, tokenizer, prompts=(preview_prompt, *checked_prompts), device=device, generator=generator
+        )
         if progress.cancelled():
             raise Cancelled
         unet = base.load_unet(dtype, device).requires_grad_(False)
@@ -268,6 +298,8 @@ def prepare(
         vae=vae,
         side=side,
         preview_prompt=preview_prompt,
+        likeness=likeness,
+        checked_prompts=checked_prompts,
     )
 
 

@@ -9,7 +9,7 @@ from .conditioning import Conditioning
 from .config import TrainConfig
 from .devices import autocast
 from .progress import Progress
-from .sampling import euler, guided, sample, to_pictures
+from .sampling import decode_parked, guided, sample_latents
 from .vae import LATENT_CHANNELS, PIXELS_PER_LATENT, Autoencoder
 
 
@@ -46,12 +46,10 @@ class Previews:
         noise = torch.randn(1, LATENT_CHANNELS, cells, cells, generator=generator).to(self._device)
         predict = guided(self._unet, uncond, uncond, personalized, text_scale=self._config.preview_guidance)
         with autocast(self._config.precision, self._device):
-            for latents in sample(euler(self._schedule), predict, noise, self._config.preview_steps):  # noqa: B007
-                if self._progress.cancelled():
-                    return None
-        self._vae.to(self._device)
-        try:
-            self.last = to_pictures(self._vae.decode(latents))[0]
-        finally:
-            self._vae.to("cpu")
+            latents = sample_latents(
+                self._schedule, predict, noise, self._config.preview_steps, self._progress.cancelled
+            )
+        if latents is None:
+            return None
+        (self.last,) = decode_parked(self._vae, latents, self._device)
         return self.last

@@ -12,7 +12,10 @@ from ..models.errors import FormatError
 
 
 class RunLog:
-    """One JSON line per optimizer step, and the preview pictures; nothing is on disk before the first step is done."""
+    """One JSON line per optimizer step, and the preview pictures; nothing is on disk before the first step is done.
+
+    What a rule measured after the last step has a line of its own, which a run that goes on from there drops.
+    """
 
     def __init__(self, folder: Path | None, resumed_at: int) -> None:
         """Args:
@@ -21,19 +24,20 @@ class RunLog:
         """
         self._folder, self._resumed_at, self._file = folder, resumed_at, None
 
-    def write(self, step: int, loss: float, rate: float, measured: Mapping[str, float]) -> None:
-        """Args: measured: what was evaluated before the step, by name."""
+    def write(self, step: int, measured: Mapping[str, float]) -> None:
+        """Args: measured: loss, rate and what was evaluated before the step, by name."""
         if self._folder is None:
             return
         path = self._folder / "log.jsonl"
         with _writing(path):
             self._file = self._file or self._open(path)
-            self._file.write(json.dumps({"step": step, "loss": loss, "lr": rate, **measured}) + "\n")
+            self._file.write(json.dumps({"step": step, **measured}) + "\n")
             self._file.flush()
 
     def _open(self, path: Path) -> TextIO:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= self._resumed_at]
+        found = [(line, json.loads(line)) for line in _lines(path)]
+        kept = [line for line, values in found if values["step"] <= self._resumed_at and "loss" in values]
         file = path.open("w", encoding="utf-8")
         file.writelines(kept)
         return file

@@ -14,6 +14,7 @@ from ..models.guidance import rescale_guidance, text_guidance
 from ..models.schedules import NoiseSchedule
 from .adapters import lora_off, only_adapters
 from .conditioning import Conditioning, predict
+from .vae import Autoencoder
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Model input (batch, channels, height, width) and timestep -> guided prediction."""
@@ -109,6 +110,16 @@ def sample(scheduler: Any, predict_noise: Predict, latents: Tensor, steps: int) 
         yield latents
 
 
+def sample_latents(
+    schedule: NoiseSchedule, predict_noise: Predict, noise: Tensor, steps: int, cancelled: Callable[[], bool]
+) -> Tensor | None:
+    """The latents at the end of sampling with Euler's method; None when ``cancelled``, asked at each step, says so."""
+    for latents in sample(euler(schedule), predict_noise, noise, steps):  # noqa: B007
+        if cancelled():
+            return None
+    return latents
+
+
 def euler(schedule: NoiseSchedule) -> Any:
     """diffusers' Euler scheduler for a noise schedule of ours."""
     from diffusers import EulerDiscreteScheduler
@@ -124,6 +135,15 @@ def euler(schedule: NoiseSchedule) -> Any:
         timestep_spacing="leading",
         steps_offset=1,
     )
+
+
+def decode_parked(vae: Autoencoder, latents: Tensor, device: torch.device) -> list[Image.Image]:
+    """Pictures of latents, one after the other, by an autoencoder that is on the device for as long only."""
+    vae.to(device)
+    try:
+        return [to_pictures(vae.decode(one.unsqueeze(0)))[0] for one in latents]
+    finally:
+        vae.to("cpu")
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

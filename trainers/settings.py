@@ -10,7 +10,8 @@ from ..models.formats import safe_name
 from ..models.tokens import LearnedToken
 from .dataset import Dataset
 from .output import OutputPlace
-from .stopping import DVAR
+from .plateau import CLIPPlateau
+from .stopping import DVAR, FixedSteps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,9 @@ class RunSettings:
     base: BaseSettings
     dataset: DatasetSettings
     output: OutputSettings
-    stopping: DVAR | None = None
-    """Ends the training when it has converged; None takes all steps."""
+    stopping: DVAR | CLIPPlateau | FixedSteps | None = None
+    """Ends the training when it has converged; ``rule`` says by which rule, ``dvar`` where it says nothing. None takes
+    all steps."""
     device: str = ""
     """``cuda``, ``cpu`` or ``mps``; empty takes the best there is."""
 

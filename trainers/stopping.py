@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from ..models.dvar import PRESETS, EvaluationSettings, VarianceStop
 from ..models.errors import ConfigError
+from .plateau import PictureSettings
 
 EVALUATION_SHARE = 0.25
 """Part of the step time that evaluations may take where their frequency is left to the rule."""
@@ -13,6 +14,20 @@ STEP_COST = 2
 """Forward passes that a training step costs at least, per row: its own, and a backward pass to the trained weights."""
 EVALUATIONS_PER_WINDOW = 10
 """A variance of fewer values says little, so no frequency that is left to the rule gives fewer."""
+
+
+@dataclass
+class Criterion:
+    """What a rule has decided by over a run, for people."""
+
+    label: str = ""
+    """Empty for rules that decide by nothing but the step."""
+    values: list[tuple[int, float]] = field(default_factory=list)
+    """Steps done, and the value of the weights then."""
+    threshold: float | None = None
+    """What the value had to come below, or rise above."""
+    stopped_at: int | None = None
+    """Steps after which the rule ended the run."""
 
 
 class StoppingRule(Protocol):
@@ -24,6 +39,10 @@ class StoppingRule(Protocol):
     @property
     def evaluation(self) -> EvaluationSettings | None:
         """The batch on which the recipe is to evaluate its objective; None for rules that do not look at one."""
+
+    @property
+    def pictures(self) -> PictureSettings | None:
+        """The pictures that the recipe is to sample and compare; None for rules that do not look at any."""
 
     def limit(self, steps: int) -> int:
         """Most optimizer steps to take, given the configured number."""
@@ -40,12 +59,21 @@ class StoppingState(Protocol):
 
     stopped: bool
     """Whether the rule has been met; a resumed run that was stopped takes no further step."""
+    at_once: bool
+    """Whether the evaluation that meets the rule ends the run, so that the last weights are evaluated as well; else
+    the step after it is still taken."""
+    measure: str
+    """Name of the number that the rule decides by, among those that ``evaluated`` returns; empty where it has none."""
+    label: str
+    """What people call it."""
+    threshold: float | None
+    """What that number must now come below, or rise above; None where there is nothing to say yet."""
 
     def wants_evaluation(self, steps: int) -> bool:
         """Whether the weights after ``steps`` optimizer steps are to be evaluated, before the next step is taken."""
 
-    def evaluated(self, steps: int, loss: float) -> dict[str, float]:
-        """Told the loss of an evaluation; numbers to show and to log beside it."""
+    def evaluated(self, steps: int, value: float) -> dict[str, float]:
+        """Told the loss, or the likeness, that an evaluation found; numbers to show and to log beside it."""
 
     def should_stop(self, step: int, loss: float) -> bool:
         """Told the loss of optimizer step ``step`` (counted from 1), say whether it was the last one."""
@@ -66,7 +94,8 @@ class FixedSteps:
 
     steps: int = 0
 
-    evaluation = None
+    rule = "fixed"
+    evaluation = pictures = None
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -83,12 +112,14 @@ class FixedSteps:
 
 
 class _NeverEarly:
-    stopped = False
+    stopped = at_once = False
+    measure = label = ""
+    threshold = None
 
     def wants_evaluation(self, steps: int) -> bool:
         return False
 
-    def evaluated(self, steps: int, loss: float) -> dict[str, float]:
+    def evaluated(self, steps: int, value: float) -> dict[str, float]:
         return {}
 
     def should_stop(self, step: int, loss: float) -> bool:
@@ -121,6 +152,9 @@ class DVAR:
     every: int = 0
     """Optimizer steps between evaluations; 0 chooses them by their cost."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    rule = "dvar"
+    pictures = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "every"):
@@ -155,6 +189,9 @@ class DVAR:
 
 
 class _Watching:
+    at_once = False
+    measure, label = "dvar", "normalized variance"
+
     def __init__(self, rule: DVAR, every: int) -> None:
         self._every, self._last = every, -1
         self._stop = VarianceStop(max(2, round(rule.window / every)), rule.eps)
@@ -163,12 +200,16 @@ class _Watching:
     def stopped(self) -> bool:
         return self._stop.stopped
 
+    @property
+    def threshold(self) -> float:
+        return self._stop.eps
+
     def wants_evaluation(self, steps: int) -> bool:
         return steps % self._every == 0 and steps != self._last
 
-    def evaluated(self, steps: int, loss: float) -> dict[str, float]:
+    def evaluated(self, steps: int, value: float) -> dict[str, float]:
         self._last = steps
-        return {"dvar": self._stop.update(loss)}
+        return {self.measure: self._stop.update(value)}
 
     def should_stop(self, step: int, loss: float) -> bool:
         # As in the authors' loop, the evaluation comes before the step, and the step is still taken.

@@ -24,12 +24,16 @@ class Preset:
     """Checks, 50 steps apart, without improvement that the CLIP plateau waits for."""
     clip_eps: float
     """CLIP score that counts as an improvement."""
+    clip_sampling_steps: int
+    """Sampling steps of the pictures of a check."""
+    clip_guidance: float
+    """Their guidance scale."""
 
 
 PRESETS = {
-    "textual inversion": Preset(310, 0.15, 475, 6100, 6, 0.02),
-    "custom diffusion": Preset(180, 0.15, 367, 500, 6, 0.02),
-    "dreambooth": Preset(440, 0.4, 450, 1000, 3, 0.04),
+    "textual inversion": Preset(310, 0.15, 475, 6100, 6, 0.02, 50, 7.5),
+    "custom diffusion": Preset(180, 0.15, 367, 500, 6, 0.02, 50, 6.0),
+    "dreambooth": Preset(440, 0.4, 450, 1000, 3, 0.04, 200, 6.0),
 }
 
 

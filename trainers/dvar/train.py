@@ -92,7 +92,7 @@ def train_method(
         text=text_side,
         main=method.main,
         augmentation=method.augmentation,
-        first_prompt=prompts.fixed(0),
+        prompts=prompts.all,
     )
     if isinstance(prepared, Outcome):
         return prepared

@@ -11,7 +11,7 @@ from ..conditioning import Conditioning
 from ..devices import autocast
 from ..progress import Progress
 from ..rank_one_edits import RankOneEdits
-from ..sampling import euler, guided, sample, to_pictures
+from ..sampling import decode_parked, guided, sample_latents
 from ..vae import LATENT_CHANNELS, PIXELS_PER_LATENT, Autoencoder
 from .config import PerfusionConfig
 
@@ -63,11 +63,7 @@ class Previews:
                 sampled.append(latents)
         finally:
             self._edits.superclass = None
-        self._vae.to(self._device)
-        try:
-            pictures = [to_pictures(self._vae.decode(latents))[0] for latents in sampled]
-        finally:
-            self._vae.to("cpu")
+        pictures = decode_parked(self._vae, torch.cat(sampled), self._device)
         self.last = Image.new("RGB", (2 * self._side, self._side))
         for number, picture in enumerate(pictures):
             self.last.paste(picture, (number * self._side, 0))
@@ -78,7 +74,4 @@ class Previews:
         generator = torch.Generator().manual_seed(self._config.seed)
         noise = torch.randn(1, LATENT_CHANNELS, cells, cells, generator=generator).to(self._device)
         with autocast(self._config.precision, self._device):
-            for latents in sample(euler(self._schedule), predict, noise, self._config.preview_steps):  # noqa: B007
-                if self._progress.cancelled():
-                    return None
-        return latents
+            return sample_latents(self._schedule, predict, noise, self._config.preview_steps, self._progress.cancelled)

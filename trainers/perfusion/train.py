@@ -19,6 +19,7 @@ from ..config import build
 from ..dataset import Dataset
 from ..devices import autocast, dtype_of, free_memory, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
 from ..evaluation import Evaluation
+from ..likeness import Likeness, PictureScore
 from ..loop import TrainResult, train_loop
 from ..optimizer import ParameterGroup, check_optimizer
 from ..order import BatchOrder
@@ -87,6 +88,8 @@ def train(
     check_optimizer(config)
     if rule.evaluation is not None:
         rule.evaluation.check(base.schedule.timesteps)
+    if rule.pictures is not None:
+        rule.pictures.check()
     tokenizer = base.tokenizer()
     check_tokens(dataset.tokens, tokenizer)
     if before_loading is not None:
@@ -112,7 +115,9 @@ def train(
             shrink_mask=_shrink_mask,
             progress=progress,
         )
-        vae = vae.parked(dtype) if config.preview_every and ranks.is_writer else None
+        sampling = rule.pictures is not None or config.preview_every and ranks.is_writer
+        vae = vae.parked(dtype) if sampling else None
+        likeness = None if rule.pictures is None else Likeness(rule.pictures.clip, dataset, device)
         free_memory(device)
         if progress.cancelled():
             raise Cancelled
@@ -174,16 +179,34 @@ def train(
             autocast=autocast(config.precision, device),
         )
 
+    def sampled_conditioning(shown: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+        sizes = torch.tensor([[side, side, 0, 0, side, side]] * len(shown), device=device) if sized else None
+        empty = uncond[[0] * len(shown)]
+        personalized = conditioning([Prompt(text, "") for text in shown], sizes)
+        return Conditioning(empty.embeds, empty.pooled, sizes), personalized
+
     def preview_conditioning() -> tuple[Conditioning, Conditioning, Tensor]:
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=device) if sized else None
-        personalized = conditioning([Prompt(preview_prompt, "")], time_ids)
-        return Conditioning(uncond.embeds, uncond.pooled, time_ids), personalized, preview_superclass.embeds
+        return *sampled_conditioning([preview_prompt]), preview_superclass.embeds
 
     evaluation = None
     if rule.evaluation is not None:
         fixed_loss = FixedLoss(config, unet, schedule, prompts, latents, conditioning, sized=sized, device=device)
         evaluation = Evaluation(
             rule.evaluation, latents, timesteps=schedule.timesteps, seed=config.seed, loss=fixed_loss
+        )
+    elif rule.pictures is not None:
+        evaluation = PictureScore(
+            rule.pictures,
+            likeness,
+            rule.pictures.choose([prompt.text for prompt in prompts.all]),
+            sampled_conditioning,
+            config=config,
+            unet=unet,
+            vae=vae,
+            schedule=schedule,
+            side=side,
+            device=device,
+            ranks=ranks,
         )
     files: list[Path] = []
 

@@ -378,7 +378,7 @@ def test_resume_with_other_settings_is_refused_in_one_sentence(tmp_path):
     Toy().train(tmp_path, steps=2, checkpoint_every=2, fingerprint="a")
     toy = Toy()
     before, files = toy.weights, snapshot(tmp_path)
-    message = "training state state-00000002.safetensors was made with other settings, pictures or base model; restore"
+    message = "state-00000002.safetensors was made with other settings, pictures, base model or stopping rule; restore"
     with pytest.raises(ConfigError, match=message):
         toy.train(tmp_path, steps=4, resume=True, fingerprint="b")
     assert same(before, toy.weights) and snapshot(tmp_path) == files
@@ -580,7 +580,7 @@ def test_processes_that_resume_from_different_steps_are_stopped(tmp_path):
 class LossBudget:
     """A rule that stops when the losses so far exceed a budget."""
 
-    evaluation = None
+    evaluation = pictures = None
 
     def __init__(self, budget):
         self.budget = budget
@@ -596,6 +596,10 @@ class LossBudget:
 
 
 class _Spent:
+    at_once = False
+    measure = label = ""
+    threshold = None
+
     def __init__(self, budget):
         self.budget, self.spent, self.steps = budget, 0.0, []
 

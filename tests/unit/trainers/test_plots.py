@@ -5,9 +5,11 @@ import math
 import pytest
 
 from comfyui_personalize.trainers.plots import loss_curve, score_chart
+from comfyui_personalize.trainers.stopping import Criterion
 
 ORANGE = (230, 120, 20)
 BLUE = (21, 101, 192)
+GREEN, VIOLET, RED = (46, 125, 50), (142, 36, 170), (198, 40, 40)
 
 
 def places(image, colour):
@@ -31,6 +33,21 @@ def test_evaluations_are_drawn_where_they_were_made():
 def test_evaluations_above_all_losses_stay_in_the_picture():
     image = loss_curve([0.1] * 50, [(steps, 3 - steps / 50) for steps in range(0, 50, 5)])
     assert len({y for _, y in places(image, ORANGE)}) > 80
+
+
+def test_a_rule_has_a_panel_with_its_threshold_and_the_step_at_which_it_stopped():
+    values = [(steps, 1 - steps / 100) for steps in range(0, 81, 4)]
+    image = loss_curve([1 / step for step in range(1, 101)], (), Criterion("dvar", values, 0.25, 80))
+    assert image.size == (768, 720)
+    curve = places(image, GREEN)
+    assert min(y for _, y in curve) > 432 and max(y for _, y in curve) - min(y for _, y in curve) > 100
+    assert len({y for _, y in places(image, VIOLET)}) <= 3
+    stop = round(78 + (768 - 20 - 78) * 79 / 99)
+    assert all(RED in {image.getpixel((x, y)) for x in range(stop - 2, stop + 3)} for y in (60, 300, 500, 650))
+    assert max(x for x, _ in places(image, RED)) <= stop + 2
+    running = loss_curve([0.1] * 9, (), Criterion("clip", [(3, 0.5)], None))
+    assert not places(running, RED) and not places(running, VIOLET) and places(running, GREEN)
+    assert loss_curve([0.1] * 9, (), Criterion()).size == (768, 432)
 
 
 @pytest.mark.parametrize("losses", [[], [1.0], [0.5] * 9, [1.0, math.nan, 2.0]])

@@ -107,6 +107,9 @@ def test_it_stops_a_converged_run_and_says_why(tmp_path):
     assert f"over the last 60 steps the evaluation loss had {values[-1]:.3f} of its whole variance, less than 0.05" in (
         result.summary
     )
+    assert result.criterion.values == [(steps, value) for steps, value in zip(range(0, 400, 2), values)]
+    criterion = result.criterion
+    assert (criterion.label, criterion.threshold, criterion.stopped_at) == ("normalized variance", 0.05, result.steps)
     assert f"dvar {values[-1]:.3f}" in progress.messages[-1]
     assert 0 < result.evaluation_share < 1 and "of the time for evaluations" in result.summary
 
@@ -143,6 +146,7 @@ def test_cancel_and_resume_equal_one_run(question, code, tmp_path):
     rest = second.train(tmp_path / "parts", resume=True, **settings)
     assert (rest.steps, rest.stopped_by, rest.best_step) == (expected.steps, expected.stopped_by, expected.best_step)
     assert rest.losses == expected.losses and rest.evaluations == expected.evaluations
+    assert rest.criterion == expected.criterion
     assert torch.equal(whole.gain, second.gain)
     assert (tmp_path / "parts" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
 

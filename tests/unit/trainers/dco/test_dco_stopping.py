@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from comfyui_personalize.models.dvar import EvaluationSettings
 from comfyui_personalize.models.errors import ConfigError
 from comfyui_personalize.trainers.base import TrainingBase
+from comfyui_personalize.trainers.plateau import CLIPPlateau, PictureSettings
 from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.stopping import DVAR
 
@@ -101,6 +102,21 @@ def test_cancel_and_resume_equal_one_run(family, tiny, class_pictures, dog):
     assert (rest.train.steps, rest.train.stopped_by) == (whole.train.steps, "rule")
     assert rest.train.evaluations == whole.train.evaluations and rest.train.best_step == whole.train.best_step
     assert equal(whole, rest)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("sd15", True), ("sdxl", False)])
+def test_a_clip_plateau_stops_changes_nothing_and_resumes_exactly(family, tokens, tiny, dog, tiny_clip):
+    pictures = PictureSettings(clip=tiny_clip, count=3, steps=1)
+    settings = {"steps": 20, "keep": "best", "stopping": CLIPPlateau(pictures=pictures, patience=0, eps=1.0, every=2)}
+    dataset = tiny.dataset(*([dog] if tokens else []))
+    whole = tiny.train(family, dataset, name="whole", **settings)
+    assert (whole.train.stopped_by, whole.train.steps) == ("rule", 4) and whole.train.best_step in (2, 4)
+    assert len({value for _, value in whole.train.criterion.values}) == 2
+    assert equal(whole, tiny.train(family, dataset, name="plain", steps=whole.train.best_step))
+    part = tiny.train(family, dataset, name="parts", progress=CancelAfter(2), **settings)
+    assert (part.train.stopped_by, part.train.steps) == ("cancelled", 2)
+    rest = tiny.train(family, dataset, name="parts", resume=True, **settings)
+    assert rest.train.criterion == whole.train.criterion and equal(whole, rest)
 
 
 def test_what_cannot_be_evaluated_or_resumed_is_refused_before_anything_is_loaded(tiny, monkeypatch):

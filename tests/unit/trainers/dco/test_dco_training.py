@@ -511,7 +511,7 @@ def test_a_resume_that_does_not_fit_is_refused_before_anything_is_loaded(tiny, l
         {"seed": 1},
     ]
     for other in others:
-        with pytest.raises(ConfigError, match="was made with other settings, pictures or base model; restore them"):
+        with pytest.raises(ConfigError, match="was made with other settings, pictures, base model or stopping rule"):
             tiny.train(**{"steps": 4, "resume": True} | other)
     state = newest_states(tiny.place().run_folder)[0]
     content = state.read_bytes()

@@ -15,6 +15,7 @@ from comfyui_personalize.trainers.batches import LatentBatches
 from comfyui_personalize.trainers.checkpoint import newest_states
 from comfyui_personalize.trainers.perfusion import train
 from comfyui_personalize.trainers.perfusion.prompts import TEMPLATES, PromptDraws
+from comfyui_personalize.trainers.plateau import CLIPPlateau, PictureSettings
 from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.rank_one_edits import cross_projections
 from comfyui_personalize.trainers.ranks import Ranks
@@ -314,6 +315,20 @@ def test_evaluations_and_previews_do_not_change_the_course(tiny):
     assert watched.preview.size == (128, 64)
     left, right = (watched.preview.crop((x, 0, x + 64, 64)).tobytes() for x in (0, 64))
     assert left != right  # global key locking is another picture
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_clip_plateau_stops_changes_nothing_and_resumes_exactly(family, tiny, tiny_clip):
+    pictures = PictureSettings(clip=tiny_clip, count=3, steps=1)
+    settings = {"steps": 20, "stopping": CLIPPlateau(pictures=pictures, patience=0, eps=1.0, every=2)}
+    whole = tiny.train(family, name="whole", **settings)
+    assert (whole.train.stopped_by, whole.train.steps) == ("rule", 4)
+    assert len({value for _, value in whole.train.criterion.values}) == 2
+    assert equal(whole, tiny.train(family, name="plain", steps=4))
+    part = tiny.train(family, name="parts", progress=CancelAt("loss", 2), **settings)
+    assert (part.train.stopped_by, part.train.steps) == ("cancelled", 2)
+    rest = tiny.train(family, name="parts", resume=True, **settings)
+    assert rest.train.criterion == whole.train.criterion and equal(whole, rest)
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_weights(tiny, monkeypatch):
