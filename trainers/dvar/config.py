@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...models.custom_diffusion import Part
 from ..config import TrainConfig
 from ..prompts import PromptSource
 from ..settings import OutputSettings, RunSettings
@@ -51,20 +52,38 @@ class TextualInversionConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothConfig(MethodConfig):
+class PriorConfig(MethodConfig):
+    """What the two have in common that may preserve a class."""
+
+    prior_loss_weight: float = 1.0
+    """Weight of the class pictures' loss, when there are class pictures."""
+    class_pictures: int = 0
+    """How many class pictures to use: of the dataset's or, where it has none, such as the base model draws for
+    class_prompt before the training, kept beside the runs for the next one. 0 takes all of the dataset's."""
+    class_prompt: str = ""
+    """What the base model draws, such as a photo of a dog."""
+    class_steps: int = 50
+    """Sampling steps of such a picture."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.prior_loss_weight >= 0, "prior_loss_weight", "0 or more")
+        self._require(0 <= self.class_pictures <= 100_000, "class_pictures", "between 0 and 100000")
+        self._require(1 <= self.class_steps <= 1000, "class_steps", "between 1 and 1000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothConfig(PriorConfig):
     """A LoRA on the UNet, and the dataset's tokens (arXiv 2208.12242)."""
 
     learning_rate: float = 5e-4
     """Peak rate of the LoRA and of the tokens, before it is scaled."""
     rank: int = 4
     """Rank of the LoRA; file size and memory grow with it."""
-    prior_loss_weight: float = 1.0
-    """Weight of the class pictures' loss, when the dataset has class pictures."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(1 <= self.rank <= 1024, "rank", "between 1 and 1024")
-        self._require(self.prior_loss_weight >= 0, "prior_loss_weight", "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +94,7 @@ class DreamBoothRun(RunSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomDiffusionConfig(MethodConfig):
+class CustomDiffusionConfig(PriorConfig):
     """Keys and values of cross-attention, and the dataset's tokens (arXiv 2212.04488)."""
 
     steps: int = 500
@@ -84,16 +103,19 @@ class CustomDiffusionConfig(MethodConfig):
     """Peak rate of keys, values and tokens, before it is scaled; doubled where there are class pictures."""
     max_grad_norm: float = 1.0
     """The gradients' common norm is clipped to this; 0 turns clipping off."""
-    prior_loss_weight: float = 1.0
-    """Weight of the class pictures' loss, when the dataset has class pictures."""
     rescale_variants: int = 12
     """Copies of each picture at random sizes, captioned far away or zoomed in; 0 makes none."""
     save_authors_file: bool = False
     """Also write the weights and tokens as delta.bin, which the authors' code reads."""
+    trained: Part = "keys_values"
+    """Which weights of cross-attention: keys and values, or ``cross_attention`` for queries and outputs too."""
+    kept_share: float = 1.0
+    """How much of the change is saved. 1 saves whole weights; less saves matrices of low rank, whose singular values
+    make up this share of the change's: 0.6, the authors' number, makes files about five times smaller."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.prior_loss_weight >= 0, "prior_loss_weight", "0 or more")
+        self._require(0 < self.kept_share <= 1, "kept_share", "above 0 and at most 1")
         self._require(0 <= self.rescale_variants <= 1024, "rescale_variants", "between 0 and 1024")
 
 

@@ -1,5 +1,6 @@
-"""Custom Diffusion: keys and values of cross-attention, beside new words (arXiv 2212.04488)."""
+"""Custom Diffusion: weights of cross-attention, beside new words (arXiv 2212.04488)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ...models.custom_diffusion import (
     FORMAT,
     CustomDiffusion,
+    Part,
+    compressed,
     is_trained,
     write_authors_file,
     write_custom_diffusion,
@@ -20,6 +23,7 @@ from ...models.dvar.rescaling import CELL, PREFIXES, rescaled
 from ...models.errors import ConfigError
 from ...models.formats import describe, refuse_taken
 from ...models.learned_embeddings import LearnedEmbedding
+from ...models.lora import LowRankDelta
 from ..base import TrainingBase
 from ..batches import LatentBatch
 from ..config import build
@@ -59,17 +63,20 @@ def learning_rate(config: CustomDiffusionConfig, dataset: Dataset) -> float:
     return config.learning_rate * (2 if dataset.class_examples else 1)
 
 
-def attach_keys_and_values(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Make the projections to keys and values of cross-attention trainable, in float32, by name.
+def attach_cross_attention(unet: nn.Module, part: Part = "keys_values") -> dict[str, nn.Parameter]:
+    """Make weights of cross-attention trainable, in float32, by name.
 
-    Their first token passes no gradient on.
+    The first token of keys and values passes no gradient on.
     """
     parameters = {}
     for name, module in unet.named_modules():
+        for which, parameter in list(module.named_parameters(recurse=False)):
+            if is_trained(f"{name}.{which}", part):
+                trained = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+                setattr(module, which, trained)
+                parameters[f"{name}.{which}"] = trained
         if is_trained(f"{name}.weight"):
-            module.weight = nn.Parameter(module.weight.detach().float())
             module.register_forward_hook(lambda projection, given, output: first_token_detached(output))
-            parameters[f"{name}.weight"] = module.weight
     return parameters
 
 
@@ -87,14 +94,23 @@ def custom_loss(
 def train(
     config: CustomDiffusionConfig, base: TrainingBase, dataset: Dataset, place: OutputPlace, **surroundings: Any
 ) -> Outcome:
-    """Train keys and values, and the dataset's tokens if it has any; as for train_method."""
+    """Train weights of cross-attention, and the dataset's tokens if it has any; as for train_method."""
     if config.snr_gamma:
         raise ConfigError("Custom Diffusion's masked loss has no weights of timesteps; set snr_gamma to 0")
     if config.save_authors_file:
         refuse_taken(place.lora_path.with_suffix(".bin"), overwrite=place.overwrite or config.resume)
+    own: dict[str, Tensor] = {}
+    """The base's weights, of which a compressed file holds the changes."""
+
+    def attach(prepared: Prepared) -> dict[str, nn.Parameter]:
+        parameters = attach_cross_attention(prepared.unet, config.trained)
+        if config.kept_share < 1:
+            own.update({name: p.detach().to("cpu", copy=True) for name, p in parameters.items() if p.ndim == 2})
+        return parameters
+
     method = Method(
-        save_custom_diffusion,
-        attach=lambda prepared: attach_keys_and_values(prepared.unet),
+        lambda prepared: save_custom_diffusion(prepared, own),
+        attach=attach,
         loss=custom_loss,
         rate=learning_rate,
         augmentation=RandomSizes(config.rescale_variants) if config.rescale_variants else None,
@@ -103,17 +119,23 @@ def train(
     return train_method(method, config, base, dataset, place, **surroundings)
 
 
-def save_custom_diffusion(prepared: Prepared) -> list[Path]:
-    """The weights with the tokens in one file, the authors' file where asked for, and one embedding file per token."""
+def save_custom_diffusion(prepared: Prepared, own: Mapping[str, Tensor]) -> list[Path]:
+    """The weights with the tokens in one file, the authors' file where asked for, and one embedding file per token.
+
+    Args: own: the base's weights, by name, of which the change is saved in a compressed form.
+    """
     config, tokens, place = prepared.config, prepared.dataset.tokens, prepared.place
     rows = prepared.text.rows()
-    weights = {
-        name: parameter.detach().to(torch.float16 if config.save_precision == "fp16" else torch.float32)
-        for name, parameter in prepared.unet.named_parameters()
-        if is_trained(name)
-    }
+    dtype = torch.float16 if config.save_precision == "fp16" else torch.float32
+    weights, changes = {}, {}
+    for name, parameter in prepared.unet.named_parameters():
+        if name in own:
+            change = compressed(parameter.detach() - own[name].to(parameter), config.kept_share)
+            changes[name] = LowRankDelta(change.down.to(dtype), change.up.to(dtype))
+        elif is_trained(name, config.trained):
+            weights[name] = parameter.detach().to(dtype)
     learned = tuple(LearnedEmbedding(token.trigger, part) for token, part in rows_of_tokens(rows, tokens))
-    changed = CustomDiffusion(weights, learned)
+    changed = CustomDiffusion(weights, learned, changes)
     about = {
         "family": prepared.base.family.name,
         "method": "custom-diffusion",

@@ -14,15 +14,18 @@ from ..cache import Augmentation
 from ..conditioning import predict
 from ..dataset import Dataset
 from ..devices import autocast
+from ..loop import TrainResult
 from ..optimizer import ParameterGroup
 from ..order import BatchOrder
 from ..outcome import Outcome
 from ..output import OutputPlace
 from ..preparation import Prepared, Surroundings, prepare
+from ..progress import Cancelled
 from ..prompts import Prompts
 from ..text_side import TextSettings, TextSide
-from .config import MethodConfig
+from .config import MethodConfig, PriorConfig
 from .evaluate import plain_error
+from .prior import with_class_pictures
 
 
 def plain_loss(
@@ -73,7 +76,9 @@ def train_method(
     Raises:
         PersonalizeError: any of its kinds, before a model is loaded where the cause can be known by then.
     """
-    prompts = Prompts(config.prompts, dataset, config.class_word)
+    prompts, around = Prompts(config.prompts, dataset, config.class_word), Surroundings(**surroundings)
+    if isinstance(config, PriorConfig):
+        dataset, around = with_class_pictures(config, base, dataset, place, around)
 
     def text_side(config: MethodConfig, tokenizer, **more) -> TextSide:
         settings = TextSettings(
@@ -83,17 +88,20 @@ def train_method(
         captions += [example.caption for example in dataset.class_examples]
         return TextSide(settings, base, dataset.tokens, tokenizer, captions=captions, **more)
 
-    prepared = prepare(
-        config,
-        base,
-        dataset,
-        place,
-        Surroundings(**surroundings),
-        text=text_side,
-        main=method.main,
-        augmentation=method.augmentation,
-        prompts=prompts.all,
-    )
+    try:
+        prepared = prepare(
+            config,
+            base,
+            dataset,
+            place,
+            around,
+            text=text_side,
+            main=method.main,
+            augmentation=method.augmentation,
+            first_prompt=prompts.fixed(0),
+        )
+    except Cancelled:  # while pictures of the class were drawn
+        return Outcome(TrainResult(stopped_by="cancelled"))
     if isinstance(prepared, Outcome):
         return prepared
     config, device, schedule = prepared.config, prepared.device, prepared.schedule

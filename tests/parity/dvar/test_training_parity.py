@@ -15,7 +15,7 @@ from comfyui_personalize.models.schedules import NoiseSchedule
 from comfyui_personalize.trainers.conditioning import Conditioning, predict
 from comfyui_personalize.trainers.config import TrainConfig
 from comfyui_personalize.trainers.dvar.config import CustomDiffusionConfig
-from comfyui_personalize.trainers.dvar.custom_diffusion import attach_keys_and_values, custom_loss, learning_rate
+from comfyui_personalize.trainers.dvar.custom_diffusion import attach_cross_attention, custom_loss, learning_rate
 from comfyui_personalize.trainers.optimizer import ParameterGroup, clip_gradients, make_optimizer
 from comfyui_personalize.trainers.ranks import Ranks
 from comfyui_personalize.trainers.text import LearnedTokenEmbedding
@@ -92,7 +92,7 @@ def test_the_weights_of_the_two_trainings_are_complete(case):
 @pytest.mark.golden("dvar", "custom_train_steps")
 def test_custom_diffusion_steps(case):
     models, config = Models(case), case.config
-    token, projections = models.embedding.learned, attach_keys_and_values(models.unet)
+    token, projections = models.embedding.learned, attach_cross_attention(models.unet)
     optimizer = optimizer_of(config, {"token": token, **projections})
     for step in range(config["steps"]):
         prediction, target = models.prediction_and_target(case.inputs, step)
@@ -112,11 +112,11 @@ def test_custom_diffusion_steps(case):
 @pytest.mark.golden("dvar", "custom_trainable_names")
 def test_what_custom_diffusion_trains(case):
     tiny = UNet2DConditionModel(**case.config["unet_config"]).requires_grad_(False)
-    assert sorted(attach_keys_and_values(tiny)) == sorted(case.config["tiny"])
+    assert sorted(attach_cross_attention(tiny)) == sorted(case.config["tiny"])
     assert sorted(n for n, p in tiny.named_parameters() if p.requires_grad) == sorted(case.config["tiny"])
     with torch.device("meta"):
         full = UNet2DConditionModel(cross_attention_dim=768).requires_grad_(False)
-    found = {name: list(parameter.shape) for name, parameter in attach_keys_and_values(full).items()}
+    found = {name: list(parameter.shape) for name, parameter in attach_cross_attention(full).items()}
     assert found == case.config["sd15"]
     case.check("n_sd15", torch.tensor(len(found)))
     case.check("n_sd15_elements", torch.tensor(sum(height * width for height, width in found.values())))

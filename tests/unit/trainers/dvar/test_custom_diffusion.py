@@ -123,3 +123,32 @@ def test_what_it_cannot_do_is_refused_before_training(run, tiny):
     with pytest.raises(ConfigError, match="my_dog.bin exists already"):
         run(save_authors_file=True)
     assert taken.read_bytes() == b"other"
+
+
+def test_all_of_cross_attention_trains(run, unets):
+    result = run(trained="cross_attention", save_precision="fp32")
+    unet, before = unets[0]
+    changed = {name for name, value in unet.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if is_trained(name, "cross_attention")}
+    assert {name.split("attn2.")[1] for name in changed} == {
+        "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"
+    }  # fmt: skip
+    found = read_custom_diffusion(result.files[0])
+    assert all(torch.equal(found.weights[name], unet.state_dict()[name]) for name in changed)
+
+
+def test_a_compressed_file_holds_most_of_the_change(run, unets):
+    sizes = {}
+    for share in (0.6, 0.999):
+        result = run(name=str(share), kept_share=share, save_precision="fp32", save_authors_file=True)
+        unet, before = unets[-1]
+        for found in (read_custom_diffusion(path) for path in result.files[:2]):
+            assert found.names == {name for name in before if is_trained(name)} and not found.weights
+            error = sum(
+                (found.weight(name, before[name]) - unet.state_dict()[name]).square().sum() for name in found.names
+            )
+            change = sum((unet.state_dict()[name] - before[name]).square().sum() for name in found.names)
+            # By the squares of the values, what is left out is less than its share.
+            assert 0 < error < (1 - share) * change
+        sizes[share] = result.files[0].stat().st_size
+    assert sizes[0.6] < sizes[0.999]

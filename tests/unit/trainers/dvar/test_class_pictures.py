@@ -1,0 +1,96 @@
+"""Class pictures that the base model draws: once, resumed, shared, and the dataset's own by number."""
+
+import pytest
+import torch
+from PIL import Image
+
+from comfyui_personalize.models.errors import ConfigError, DatasetError
+from comfyui_personalize.models.tokens import LearnedToken
+from comfyui_personalize.trainers.base import TrainingBase
+from comfyui_personalize.trainers.dvar import custom_diffusion, dreambooth
+from comfyui_personalize.trainers.dvar.config import CustomDiffusionConfig, DreamBoothConfig
+from comfyui_personalize.trainers.progress import SilentProgress
+
+DOG = LearnedToken("<dog>", "dog")
+DRAWN = {"class_pictures": 3, "class_prompt": "a photo of a dog", "class_steps": 2, "steps": 2}
+
+
+@pytest.fixture
+def run(tiny):
+    return lambda *arguments, **more: tiny.train(dreambooth, DreamBoothConfig, *arguments, **DRAWN | more)
+
+
+class Watcher(SilentProgress):
+    """Keeps what is said, and cancels when it hears ``at``."""
+
+    def __init__(self, at=None):
+        self.at, self.said, self.flag = at, [], False
+
+    def report(self, step, total, message="", preview=None):
+        self.said.append(message)
+        self.flag = self.flag or message == self.at
+
+    def cancelled(self):
+        return self.flag
+
+
+def drawn(tiny):
+    return sorted((tiny.folder / "out" / "runs" / "class_pictures").rglob("*.png"))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_base_model_draws_what_the_dataset_lacks(family, run, tiny, monkeypatch):
+    loads, load = [], TrainingBase.load_unet
+    monkeypatch.setattr(TrainingBase, "load_unet", lambda *a: loads.append(a) or load(*a))
+    watcher = Watcher()
+    first = run(family, name="first", progress=watcher)
+    assert "drawing pictures of the class: 3 of 3" in watcher.said and len(loads) == 2
+    pictures = [Image.open(path) for path in drawn(tiny)]
+    assert [picture.size for picture in pictures] == [(64, 64)] * 3
+    assert len({picture.tobytes() for picture in pictures}) == 3
+    assert pictures[0].text["prompt"] == "a photo of a dog"
+    again = run(family, name="again")
+    assert len(loads) == 3 and again.train.losses == first.train.losses
+    other = run(family, name="other", class_pictures=0)
+    assert other.train.losses != first.train.losses
+
+
+def test_a_cancelled_drawing_goes_on_where_it_was(run, tiny):
+    whole = run(name="whole", batch_size=1)
+    pictures = {path.name: path.read_bytes() for path in drawn(tiny)}
+    drawn(tiny)[1].unlink()
+    drawn(tiny)[1].unlink()
+    result = run(name="parts", batch_size=1, progress=Watcher("drawing pictures of the class: 1 of 2"))
+    assert (result.train.stopped_by, result.files, len(drawn(tiny))) == ("cancelled", (), 2)
+    rest = run(name="parts", batch_size=1)
+    assert {path.name: path.read_bytes() for path in drawn(tiny)} == pictures
+    assert rest.train.losses == whole.train.losses
+
+
+def test_resume_takes_the_same_pictures(tiny):
+    settings = {**DRAWN, "rescale_variants": 0, "steps": 3}
+    whole = tiny.train(custom_diffusion, CustomDiffusionConfig, name="whole", **settings)
+    tiny.train(custom_diffusion, CustomDiffusionConfig, name="parts", checkpoint_every=1, **settings | {"steps": 1})
+    rest = tiny.train(custom_diffusion, CustomDiffusionConfig, name="parts", resume=True, **settings)
+    assert rest.train.losses == whole.train.losses
+    with torch.no_grad():
+        assert custom_diffusion.learning_rate(CustomDiffusionConfig(), tiny.dataset(DOG, class_caption="a dog")) == 2e-5
+
+
+def test_pictures_of_the_dataset_are_counted(run, tiny):
+    dataset = tiny.dataset(DOG, class_caption="a dog")
+    with pytest.raises(DatasetError, match="has 3 class pictures and class_pictures asks for 4; add more"):
+        run(dataset=dataset, class_pictures=4)
+    assert run(dataset=dataset, class_pictures=2).train.steps == 2 and not drawn(tiny)
+
+
+def test_nothing_is_drawn_for_a_run_that_is_refused(run, tiny):
+    with pytest.raises(ConfigError, match="write class_prompt, such as a photo of a dog"):
+        run(class_prompt=" ")
+    with pytest.raises(DatasetError, match="class caption 'a <dog>' contains"):
+        run(class_prompt="a <dog>")
+    (tiny.folder / "out" / "main").mkdir(parents=True)
+    (tiny.folder / "out" / "main" / "my_dog.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="exists already"):
+        run()
+    assert not drawn(tiny)
