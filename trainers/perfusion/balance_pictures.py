@@ -35,8 +35,8 @@ def contact_sheet(
     for number, (pictures, trial) in enumerate(zip(rows, trials, strict=True)):
         top = _HEADING + number * line
         ink = _CHOSEN if number == chosen else _INK
-        draw.text((10, top + 4), f"β {trial.beta:g}", fill=ink, font=text)
-        draw.text((10, top + 26), f"τ {trial.tau:g}", fill=ink, font=text)
+        draw.text((10, top + 4), f"beta {trial.beta:g}", fill=ink, font=text)
+        draw.text((10, top + 26), f"tau {trial.tau:g}", fill=ink, font=text)
         draw.text((10, top + 50), f"CLIP-I {trial.likeness:.3f}", fill=ink, font=small)
         draw.text((10, top + 66), f"CLIP-T {trial.faithfulness:.3f}", fill=ink, font=small)
         for column, picture in enumerate(pictures):
@@ -65,17 +65,19 @@ def front_chart(trials: Sequence[Trial], chosen: int, *, width: int = 768, heigh
         draw.text((_LEFT - 8, place(across[0], y)[1]), f"{y:.3f}", fill=_INK, font=small, anchor="rm")
         draw.text((place(x, up[0])[0], bottom + 8), f"{x:.3f}", fill=_INK, font=small, anchor="ma")
     draw.text((_LEFT, 12), "Likeness (CLIP-I)", fill=_INK, font=text)
+    draw.text((right, 16), "beta / tau", fill=_INK, font=small, anchor="ra")
     draw.text(((_LEFT + right) / 2, height - 6), "faithfulness to the prompts (CLIP-T)", _INK, small, anchor="ms")
     front = pareto_front(trials)
     points = [place(trial.faithfulness, trial.likeness) for trial in trials]
     if len(front) > 1:
         draw.line([points[number] for number in front], fill=_FRONT, width=2)
-    for number, (trial, (x, y)) in enumerate(zip(trials, points)):
+    for number in sorted(range(len(trials)), key=lambda number: number == chosen):  # nothing covers the chosen one
+        trial, (x, y) = trials[number], points[number]
         colour = _CHOSEN if number == chosen else _FRONT if number in front else _BEATEN
         size = 8 if number == chosen else 5
         draw.ellipse((x - size, y - size, x + size, y + size), fill=colour)
         anchor = "rb" if x > (_LEFT + right) / 2 else "lb"  # never beyond the edge
-        draw.text((x, y - size - 2), f"β {trial.beta:g} τ {trial.tau:g}", fill=colour, font=small, anchor=anchor)
+        draw.text((x, y - size - 2), f"{trial.beta:g} / {trial.tau:g}", fill=colour, font=small, anchor=anchor)
     return image
 
 
