@@ -9,6 +9,7 @@ from ..models.errors import ConfigError
 from ..models.formats import safe_name
 from ..models.tokens import LearnedToken
 from .dataset import Dataset
+from .initializers import InitializerSettings, choose_initializers
 from .output import OutputPlace
 from .plateau import CLIPPlateau
 from .stopping import DVAR, FixedSteps
@@ -46,6 +47,8 @@ class DatasetSettings:
     """Pictures of the class, for prior preservation."""
     class_captions: tuple[str, ...] = ()
     """Their captions; empty reads text files beside them."""
+    initializer: InitializerSettings | None = None
+    """Chooses the words that tokens start from; None keeps those given with them."""
 
     def open(self) -> Dataset:
         """Read and check the pictures and captions."""
@@ -61,6 +64,10 @@ class DatasetSettings:
             dataset = Dataset.from_folder(self.folder, captions=self.captions or None, section=section, **given)
         if self.class_folder is not None:
             dataset = dataset.with_class_folder(self.class_folder, self.class_captions or None)
+        if self.initializer is not None:
+            dataset, choices = choose_initializers(dataset, self.initializer, judge=self.initializer.open())
+            for choice in choices:
+                print(f"{choice.trigger} starts from {choice.word}")
         return dataset
 
 

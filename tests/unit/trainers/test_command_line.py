@@ -15,12 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from comfyui_personalize.models.dvar import EvaluationSettings
+from comfyui_personalize.models.dvar import PRESETS, EvaluationSettings
 from comfyui_personalize.models.errors import ConfigError
 from comfyui_personalize.trainers import __main__ as command_line
 from comfyui_personalize.trainers.config import apply_overrides, build, read_toml
 from comfyui_personalize.trainers.dco.config import DCOConfig, DCORun
+from comfyui_personalize.trainers.initializers import InitializerSettings
 from comfyui_personalize.trainers.output import OutputPlace
+from comfyui_personalize.trainers.plateau import CLIPPlateau, PictureSettings
+from comfyui_personalize.trainers.settings import RunSettings
 from comfyui_personalize.trainers.stopping import DVAR
 
 ROOT = Path(__file__).parents[3]
@@ -163,7 +166,7 @@ def test_the_example_is_a_whole_run_with_the_defaults():
     )
     for table in ("base", "dataset", "output"):
         for name in build(DCORun, values).__getattribute__(table).__dataclass_fields__:
-            assert re.search(rf"^(# )?{name} = ", text, re.MULTILINE), f"{table}.{name}"
+            assert re.search(rf"^(# )?({name} = |\[{table}\.{name}\])", text, re.MULTILINE), f"{table}.{name}"
     assert build(DCORun, apply_overrides(values, ["train.steps=500"])).train.steps == 500
 
 
@@ -177,6 +180,24 @@ def test_the_example_s_stopping_rule_has_the_defaults_when_it_is_turned_on():
     assert build(DCORun, read_toml(ROOT / "trainers" / "dco" / "example.toml")).stopping is None
     with pytest.raises(ConfigError, match="eps must be above 0"):
         build(DCORun, apply_overrides(values, ["stopping.eps=0.0"]))
+
+
+@pytest.mark.parametrize(
+    "name", ["dco/", "perfusion/", "dvar/textual_inversion.", "dvar/dreambooth.", "dvar/custom_diffusion."]
+)
+def test_the_examples_show_the_other_rule_and_the_choice_of_words(name):
+    text = (ROOT / "trainers" / f"{name}example.toml").read_text()
+    turned_on = re.sub("^# # ", "", text[text.index("# # [stopping]") :], flags=re.MULTILINE)
+    values = tomllib.loads(text[: text.index("# [stopping]")] + turned_on)
+    rule = build(RunSettings, {name: values[name] for name in ("base", "dataset", "output", "stopping")}).stopping
+    assert values["stopping"].keys() == CLIPPlateau.__dataclass_fields__.keys() | {"rule"}
+    assert values["stopping"]["pictures"].keys() == PictureSettings.__dataclass_fields__.keys()
+    authors = [(p.clip_patience, p.clip_eps, p.clip_sampling_steps, p.clip_guidance) for p in PRESETS.values()]
+    assert (rule.patience, rule.eps, rule.pictures.steps, rule.pictures.guidance) in authors
+    start, end = text.index("# [dataset.initializer]"), text.index("[output]")
+    shown = tomllib.loads(re.sub("^# ", "", text[start:end], flags=re.MULTILINE))["dataset"]["initializer"]
+    assert shown.keys() == InitializerSettings.__dataclass_fields__.keys()
+    assert build(InitializerSettings, shown).strategy == "best"
 
 
 # As a program
