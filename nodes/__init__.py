@@ -11,6 +11,7 @@ from .export_lora import ExportLoRA
 from .faces import FaceCropAndAlign
 from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveIdentity
 from .identity_set import IdentityPrompts, SaveIdentitySet
+from .initializers import ChooseInitializer
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
 from .perfusion import (
     ApplyPerfusion,
@@ -21,6 +22,7 @@ from .perfusion import (
 )
 from .perfusion_balance import PerfusionBalance
 from .perfusion_concepts import InspectPerfusionConcepts
+from .plateau import StopCLIPPlateau
 from .preview_guidance import LookaheadPreviewGuidance
 from .preview_losses import ClipLossNode, IdentityLossNode, PictureLossNode
 from .prompts import PromptBatch
@@ -34,10 +36,12 @@ from .training_base import LoadTrainingBase, StopDVAR, StopFixed
 NODES: list[type[io.ComfyNode]] = [
     TrainingPicture,
     PersonalizationDataset,
+    ChooseInitializer,
     FaceCropAndAlign,
     LoadTrainingBase,
     StopFixed,
     StopDVAR,
+    StopCLIPPlateau,
     TrainDCO,
     TrainTextualInversion,
     TrainDreamBoothLoRA,

@@ -10,6 +10,10 @@ from ._choices import first_refusal, known
 
 BASE_VAE = "(from the checkpoint)"
 CUSTOM = "custom"
+BUDGETS = {f"{name}, short": preset.short_steps for name, preset in PRESETS.items()} | {
+    f"{name}, full": preset.full_steps for name, preset in PRESETS.items()
+}
+"""The authors' fixed numbers of steps by method: about as short as DVAR's runs, and of ordinary length."""
 
 
 class LoadTrainingBase(io.ComfyNode):
@@ -74,21 +78,35 @@ class StopFixed(io.ComfyNode):
             display_name="Stop: Fixed",
             category="personalize/training",
             description="Ends a training after a fixed number of steps.",
-            inputs=[
+            inputs=[  # append only: workflows store widget values by position
                 io.Int.Input(
                     "steps",
                     default=1000,
                     min=1,
                     max=1_000_000,
-                    tooltip="Optimizer steps. The DCO authors use 2000 for a subject and 1000 for a style.",
-                )
+                    tooltip="Optimizer steps, for the preset custom. The DCO authors use 2000 for a subject and 1000 "
+                    "for a style.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[CUSTOM, *BUDGETS],
+                    default=CUSTOM,
+                    optional=True,
+                    tooltip="The numbers of steps of DVAR's authors: "
+                    + ", ".join(f"{steps} ({name})" for name, steps in BUDGETS.items())
+                    + ". custom takes the number above.",
+                ),
             ],
             outputs=[_sockets.Stopping.Output(display_name="stopping")],
         )
 
     @classmethod
-    def execute(cls, steps) -> io.NodeOutput:
-        return io.NodeOutput(FixedSteps(steps))
+    def validate_inputs(cls, preset=None) -> bool | str:
+        return known("preset", preset, [CUSTOM, *BUDGETS])
+
+    @classmethod
+    def execute(cls, steps, preset=CUSTOM) -> io.NodeOutput:
+        return io.NodeOutput(FixedSteps(BUDGETS.get(preset, steps)))
 
 
 class StopDVAR(io.ComfyNode):
