@@ -98,7 +98,7 @@ def train_method(
             text=text_side,
             main=method.main,
             augmentation=method.augmentation,
-            first_prompt=prompts.fixed(0),
+            prompts=prompts.all,
         )
     except Cancelled:  # while pictures of the class were drawn
         return Outcome(TrainResult(stopped_by="cancelled"))
