@@ -75,7 +75,7 @@ class TrainConfig:
     """Min-SNR loss weighting; 5 is usual, 0 turns it off."""
     keep: Keep = "last"
     """Which weights are saved at the end: the last ones, or those with the lowest smoothed loss or, where a stopping
-    rule evaluates, the lowest evaluation."""
+    rule evaluates, the best evaluation."""
     save_precision: Literal["fp16", "fp32"] = "fp16"
     """Type of the saved LoRA; learned tokens are always saved in fp32."""
     bundle_tokens: bool = False

@@ -70,7 +70,7 @@ class TrainResult:
         if self.explanation:
             reasons["steps"] += f"; {self.explanation}"
         kept = "" if self.best_step is None else f", best weights from step {self.best_step}"
-        share = f", {self.evaluation_share:.0%} of the time for evaluations" if self.criterion.values else ""
+        share = f", {self.evaluation_share:.0%} of the time for evaluations" if self.evaluation_share else ""
         return (
             f"{self.steps} steps ({reasons[self.stopped_by]}{kept}), {self.steps_per_second:.2f} steps/s{share}, "
             f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
@@ -165,6 +165,8 @@ def train_loop(
             started = time.perf_counter()
             before = {name: other.state_dict() for name, other in drawn.items()}
             if wanted:
+                if stopper.at_once:  # sampling takes long
+                    progress.report(result.steps, total, f"measuring {stopper.label or 'the loss'}")
                 values = evaluation.run(lambda: ranks.any(progress.cancelled()))
                 if values is None:
                     result.stopped_by = "cancelled"

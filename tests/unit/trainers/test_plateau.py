@@ -161,6 +161,7 @@ def test_a_budget_that_it_cannot_stop_is_said_before_and_after():
         "or every, or allow more steps"
     )
     assert message in heard[0] and message in result.summary and result.stopped_by == "steps"
+    assert heard.count("measuring CLIP similarity") == 2 and "loss" in heard[-1] and "clip 0.500" in heard[-1]
 
 
 def test_a_recipe_that_samples_no_pictures_says_so():
