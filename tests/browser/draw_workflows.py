@@ -35,6 +35,10 @@ SIZES = {
     "PersonalizeTrainPerfusion": (440, 1100),
     "PersonalizeLoadPerfusionConcept": (340, 0),
     "PersonalizeKSamplerMultiConceptLocking": (360, 720),
+    "PersonalizeApplyPerfusion": (340, 0),
+    "PersonalizePerfusionTextEncode": (360, 150),
+    "PersonalizePerfusionBalance": (400, 900),
+    "PersonalizeSoftSubjectMasks": (310, 180),
     "PersonalizeLoadDCOLoRA": (340, 0),
     "PersonalizeRewardGuider": (340, 0),
     "PersonalizeKSamplerRewardGuidance": (340, 640),
@@ -62,6 +66,12 @@ SIZES = {
     "SamplerCustomAdvanced": (420, 340),
     "VAEDecode": (420, 0),
     "SaveImage": (420, 335),
+    "KSampler": (340, 560),
+    "PreviewAny": (420, 420),
+    "PreviewImage": (340, 335),
+    "MaskToImage": (340, 0),
+    "ImageBatch": (340, 0),
+    "LatentBatch": (420, 0),
 }
 GREEN, RED = ("#232", "#353"), ("#322", "#533")
 COLOURS = {

@@ -21,6 +21,8 @@ STAND_INS = (
 FILES_TO_CHOOSE = {"ckpt_name", "lora_name", "encoder_name", "clip_name", "identity_name", "image"} | {
     "covariance_name",
     "concept_name",
+    "clip_folder",
+    "clipseg_folder",
 }
 EXTENSION = "comfyui-personalize"
 BOXES = """() => app.graph._nodes.map(node => ({
@@ -55,6 +57,7 @@ def files(comfy_server, shipped, tiny_checkpoint, load_helper):
         if not path.exists():
             path.symlink_to(tiny_checkpoint("sdxl"))
     shipped.write_models(models, load_helper("tiny/lookahead.py"))
+    shipped.write_networks(models, load_helper("tiny/judges.py"))
     with load_helper("host/client.py").Client(comfy_server.url) as client:
         for name in NAMES:
             shipped.upload_pictures(client, shipped.api(name))

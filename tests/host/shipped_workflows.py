@@ -17,6 +17,8 @@ FIRST = {
     "dco_reward_guidance": ["dco_train_style", "dco_train_subject"],
     "dco_subject_in_style": ["dco_train_style", "dco_train_subject"],
     "lookahead_saved_identity": ["lookahead_face_to_portrait"],
+    "perfusion_balance": ["perfusion_train_concept"],
+    "perfusion_global_locking": ["perfusion_train_concept"],
     "perfusion_two_concepts": ["perfusion_train_concept"],
 }
 """Workflows that save what another one reads."""
@@ -59,8 +61,10 @@ SMALL = {
         "overwrite": True,
     },
     "PersonalizeKSamplerMultiConceptLocking": {"steps": 2},
+    "PersonalizePerfusionBalance": {"steps": 2, "betas": "0.5, 0.8", "taus": "0.15"},
     "EmptyLatentImage": {"width": SIDE, "height": SIDE},
     "BasicScheduler": {"steps": 2},
+    "KSampler": {"steps": 2},
     "PersonalizeKSamplerRewardGuidance": {"steps": 2},
     "PersonalizeEncodeIdentity": {"reference_size": SIDE},
     "PersonalizeKSamplerLookahead": {"steps": 2},
@@ -126,6 +130,16 @@ def write_concepts(models: Path, perfusion) -> None:
     cat = LearnedToken("<cat>", "cat")
     path = models / "perfusion_concepts" / "my_cat.safetensors"
     perfusion.write_random_concept(path, models / "checkpoints" / CHECKPOINT, cat)
+
+
+def write_networks(models: Path, judges) -> None:
+    """Tiny random networks that make masks and scores, under the names that the workflows give.
+
+    Args:
+        judges: the module tests/tiny/judges.py.
+    """
+    judges.write_clip(models / "scoring" / "clip-vit-large-patch14")
+    judges.write_clipseg(models / "clipseg" / "clipseg-rd64-refined")
 
 
 def _blob(index: int) -> Image.Image:

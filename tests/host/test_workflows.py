@@ -15,7 +15,8 @@ LOOKAHEAD = [
     "lookahead_saved_identity",
     "lookahead_style_grid",
 ]
-ROWS = {"lookahead_style_grid": 4}
+PERFUSION = ["perfusion_global_locking", "perfusion_two_concepts"]
+ROWS = {"lookahead_style_grid": 4, "perfusion_global_locking": 2}
 """How many pictures a workflow makes, where it is not one."""
 
 
@@ -29,6 +30,7 @@ def run_small(comfy_server, load_helper, shipped):
     """run_small(name) -> (graph, run, pictures of each saving node by its title); once per workflow."""
     shipped.write_models(comfy_server.base / "models", load_helper("tiny/lookahead.py"))
     shipped.write_concepts(comfy_server.base / "models", load_helper("tiny/perfusion.py"))
+    shipped.write_networks(comfy_server.base / "models", load_helper("tiny/judges.py"))
     done = {}
 
     def run(name):
@@ -54,8 +56,10 @@ def test_there_are_trainings_and_samplings(shipped):
         "dco_train_subject",
         "dvar_train_textual_inversion",
         "perfusion_train_concept",
+        "perfusion_train_with_masks",
     ]
-    assert shipped.SAMPLINGS == ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, "perfusion_two_concepts"]
+    samplings = ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, "perfusion_balance", *PERFUSION]
+    assert shipped.SAMPLINGS == samplings
 
 
 @pytest.mark.parametrize("name", ("dco_train_subject", "dco_train_style"))
@@ -93,19 +97,40 @@ def test_a_word_is_shown_and_saved(run_small, shipped, comfy_server):
     assert not (comfy_server.base / "models" / "loras" / "my_word.safetensors").exists()
 
 
-def test_a_concept_is_shown_and_saved(run_small, shipped, comfy_server):
-    graph, run, pictures = run_small("perfusion_train_concept")
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("perfusion_train_concept", "my_teddy"), ("perfusion_train_with_masks", "my_masked_teddy")],
+)
+def test_a_concept_is_shown_and_saved(run_small, shipped, comfy_server, name, file):
+    graph, run, pictures = run_small(name)
     assert len(pictures["Loss curve"]) == 1
     assert pictures["Preview picture"][0].size == (2 * shipped.SIDE, shipped.SIDE)  # local and global key locking
     ((key, _),) = shipped.nodes(graph, "PersonalizeTrainPerfusion").items()
     assert run.previews and run.progress(key)[-1] == (2, 2)
-    path = comfy_server.base / "models" / "perfusion_concepts" / "my_teddy.safetensors"
+    path = comfy_server.base / "models" / "perfusion_concepts" / f"{file}.safetensors"
     assert path.stat().st_size < 100_000
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["personalize.tokens"])[0]["trigger"] == "<teddy>"
 
 
-@pytest.mark.parametrize("name", ("dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, "perfusion_two_concepts"))
+def test_masks_are_shown_for_every_picture(run_small, shipped, client):
+    graph, run, _ = run_small("perfusion_train_with_masks")
+    (shown,) = shipped.nodes(graph, "PreviewImage")
+    masks = client.images(run, shown)
+    assert len(masks) == len(shipped.nodes(graph, "PersonalizeTrainingPicture"))
+    assert all(np.asarray(mask.convert("L")).std() > 1 for mask in masks)
+
+
+def test_a_balance_is_shown(run_small, shipped):
+    graph, run, pictures = run_small("perfusion_balance")
+    sheet, front = pictures["Contact sheet"][0], pictures["Front"][0]
+    assert sheet.height > 2 * shipped.SIDE and sheet.width > 8 * shipped.SIDE  # two gates, four prompts twice
+    assert front.size == (768, 512)
+    ((key, _),) = shipped.nodes(graph, "PersonalizePerfusionBalance").items()
+    assert run.progress(key)
+
+
+@pytest.mark.parametrize("name", ("dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, *PERFUSION))
 def test_a_sampling_makes_its_pictures(run_small, shipped, name):
     _, _, made = run_small(name)
     (pictures,) = made.values()
@@ -141,6 +166,8 @@ def test_a_sampling_makes_its_pictures(run_small, shipped, name):
         ("lookahead_saved_identity", "identity_scale", 0.0),
         ("lookahead_preview_guidance", "scale", 0.0),
         ("lookahead_preview_guidance", "lora_name", "none"),
+        ("perfusion_global_locking", "beta", 2.0),
+        ("perfusion_global_locking", "cfg", 3.0),
         ("perfusion_two_concepts", "beta", 2.0),
         ("perfusion_two_concepts", "global_locking", False),
     ],
@@ -199,10 +226,11 @@ def test_the_shipped_settings_of_lookahead_are_the_authors(shipped):
 
 def test_the_shipped_settings_of_perfusion_are_the_authors(shipped):
     """As in configs/perfusion_custom.yaml and the README of the authors; they sample with 50 DDIM steps."""
-    (trainer,) = shipped.nodes(shipped.api("perfusion_train_concept"), "PersonalizeTrainPerfusion").values()
+    names = ("perfusion_train_concept", "perfusion_train_with_masks")
+    trainers = [shipped.nodes(shipped.api(name), "PersonalizeTrainPerfusion").values() for name in names]
     expected = {"steps": 400, "learning_rate": 0.03, "embedding_learning_rate": 0.006, "batch_size": 4}
     expected |= {"gradient_accumulation": 4, "beta": 0.75, "tau": 0.1, "ema_decay": 0.99, "weight_decay": 0.01}
-    assert expected.items() <= trainer["inputs"].items()
+    assert all(expected.items() <= trainer["inputs"].items() for (trainer,) in trainers)
     (sampler,) = shipped.nodes(shipped.api("perfusion_two_concepts"), "PersonalizeKSamplerMultiConceptLocking").values()
     assert {"steps": 50, "cfg": 6.0, "sampler_name": "ddim"}.items() <= sampler["inputs"].items()
 
