@@ -1,17 +1,16 @@
 """A turn's random numbers turned into tensors: rows of pictures and prompts, timesteps, and what is dropped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ...models.errors import DatasetError
 from ...models.lookahead import draw_timesteps, importance
 from ..conditioning import Conditioning
 from ..ranks import Ranks
-from ..text import PromptEmbeds
 from .config import LookaheadConfig
 from .data import FaceData
 from .iterations import Turn
@@ -29,13 +28,24 @@ class Batch:
     """(batch,), on the CPU."""
     dropped: Tensor | None
     """Rows whose adapter sees nobody, (batch,)."""
-    uniform: Uniform
+    uniform: Uniform | None
     targets: Tensor
     """(batch, 3, side, side) in -1..1, on the CPU; the references likewise."""
     references: Tensor
     landmarks: list[Tensor | None]
     """Of the references' faces."""
     prompts: list[str]
+    reference_prompts: list[str]
+
+
+class _Row(NamedTuple):
+    target: Encoded
+    reference: Encoded
+    noise: Tensor
+    prompt: str
+    reference_prompt: str
+    latents: Tensor
+    reference_latents: Tensor
 
 
 class Batches:
@@ -46,14 +56,13 @@ class Batches:
         config: LookaheadConfig,
         data: FaceData,
         reader: PictureReader,
-        places: Mapping[str, int],
-        embeds: PromptEmbeds,
+        told: Callable[[Sequence[str]], Conditioning],
         ranks: Ranks,
         device: torch.device,
     ):
-        """Args: places: prompt -> its row of ``embeds``; the empty prompt is there too."""
+        """Args: told: gives the conditioning of prompts, a row each, also of the empty one."""
         self._config, self._data, self._reader = config, data, reader
-        self._places, self._embeds, self._ranks, self._device = places, embeds, ranks, device
+        self._told, self._ranks, self._device = told, ranks, device
 
     def make(self, turn: Turn, timesteps: int) -> Batch:
         """Args: timesteps: of the noise schedule."""
@@ -69,53 +78,62 @@ class Batches:
             chances = importance(config.lookahead_max_timestep, config.lookahead_alpha)
         drawn, dropped = torch.rand(2, len(turn.indices), generator=own, dtype=torch.float64)[:, mine][:, : len(rows)]
         drops = torch.Generator().manual_seed(int(torch.randint(2**61, (), generator=own)) + ranks.index)
-        targets, references, noise, prompts, reference_prompts, latents, reference_latents = map(list, zip(*rows))
-        return Batch(
-            Rows(
-                self._stack(latents),
-                self._stack(noise),
-                self._stack(reference_latents),
-                self._told(prompts),
-                self._told(reference_prompts),
-                self._stack([one.features for one in references]),
-                self._reader.nobody.to(self._device),
-            ),
+        return self._batch(
+            rows,
             draw_timesteps(chances, drawn),
             None if turn.ahead else dropped < config.adapter_drop_chance,
             lambda block, tokens: torch.rand(tokens, generator=drops),
-            torch.stack([one.pixels for one in targets]),
-            torch.stack([one.pixels for one in references]),
-            [one.landmarks for one in references],
-            prompts,
         )
 
-    def _row(self, index: int, seed: int) -> tuple[Encoded, Encoded, Tensor, str, str, Tensor, Tensor]:
+    def fixed(self, indices: Sequence[int], timesteps: Tensor, seed: int) -> Batch:
+        """Always the same batch of these pictures: nothing is dropped, and no target shows somebody else.
+
+        Args:
+            timesteps: (batch,).
+        """
+        rows = [self._row(index, seed + index, fixed=True) for index in indices]
+        return self._batch(rows, timesteps, None, None)
+
+    def _batch(
+        self, rows: Sequence["_Row"], timesteps: Tensor, dropped: Tensor | None, uniform: Uniform | None
+    ) -> Batch:
+        return Batch(
+            Rows(
+                self._stack([row.latents for row in rows]),
+                self._stack([row.noise for row in rows]),
+                self._stack([row.reference_latents for row in rows]),
+                self._told([row.prompt for row in rows]),
+                self._told([row.reference_prompt for row in rows]),
+                self._stack([row.reference.features for row in rows]),
+                self._reader.nobody.to(self._device),
+            ),
+            timesteps,
+            dropped,
+            uniform,
+            torch.stack([row.target.pixels for row in rows]),
+            torch.stack([row.reference.pixels for row in rows]),
+            [row.reference.landmarks for row in rows],
+            [row.prompt for row in rows],
+            [row.reference_prompt for row in rows],
+        )
+
+    def _row(self, index: int, seed: int, *, fixed: bool = False) -> "_Row":
+        """The picture's own row or, where a picture of it cannot be read, that of the next one."""
         generator = torch.Generator().manual_seed(seed)
-        pair = self._data.pair(index, generator)
-        wordless = bool(torch.rand((), generator=generator) < self._config.text_drop_chance)
-        target, reference = self._reader.target(pair.target, generator), self._reader.reference(pair, generator)
-        latents, reference_latents = target.latents(generator), reference.latents(generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        prompts = ("", "") if wordless else (pair.prompt, pair.reference_prompt)
-        return target, reference, noise, *prompts, latents, reference_latents
+        data, chance = self._data, 0.0 if fixed else self._config.text_drop_chance
+        for place in range(index, index + 2 * len(data)):
+            pair = data.pair(place % len(data), generator, strays=not fixed)
+            wordless = bool(torch.rand((), generator=generator) < chance)
+            try:
+                target, reference = self._reader.target(pair.target, generator), self._reader.reference(pair, generator)
+            except DatasetError as error:
+                failure = error
+                continue
+            latents, reference_latents = target.latents(generator), reference.latents(generator)
+            noise = torch.randn(latents.shape, generator=generator)
+            prompts = ("", "") if wordless else (pair.prompt, pair.reference_prompt)
+            return _Row(target, reference, noise, *prompts, latents, reference_latents)
+        raise DatasetError(f"no picture with a reference could be read; the last one: {failure}") from failure
 
     def _stack(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(parts).to(self._device)
-
-    def _told(self, prompts: Sequence[str]) -> Conditioning:
-        told = self._embeds[[self._places[prompt] for prompt in prompts]].to(self._device)
-        side = float(self._reader.side)
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=self._device)
-        return Conditioning(told.embeds, told.pooled, time_ids)
-
-
-def picture_row(columns: Sequence[Tensor], largest: int = 256) -> Image.Image:
-    """Batches of pictures (batch, 3, side, side) in -1..1 side by side, a row for each of at most four."""
-    count = min(4, *(len(column) for column in columns))
-    grid = torch.cat([torch.cat([*column[:count]], dim=1) for column in columns], dim=2)
-    levels = ((grid.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    picture = Image.fromarray(np.ascontiguousarray(levels.numpy()))
-    side = columns[0].shape[-1]
-    if side > largest:
-        picture = picture.resize((len(columns) * largest, count * largest), Image.Resampling.BILINEAR)
-    return picture

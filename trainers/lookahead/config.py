@@ -1,13 +1,13 @@
 """Settings of the face encoder's training."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from ...models.errors import ConfigError
 from ...models.lookahead import DENOISING_ALPHA, PREVIEW_ALPHA
 from ...models.lookahead.alignment import Fit
-from ..config import TrainConfig
+from ..config import TrainConfig, check_type
 from ..settings import BaseSettings
 from .data import FaceDataSettings
 
@@ -24,6 +24,9 @@ class DenoisingTerm:
     weight: float = 1.0
     """Factor of the loss."""
 
+    def __post_init__(self) -> None:
+        _check_term(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureTerm:
@@ -34,6 +37,17 @@ class PictureTerm:
     ``clip``: the picture, to its prompt."""
     weight: float = 1.0
     """Factor of the loss."""
+
+    def __post_init__(self) -> None:
+        _check_term(self)
+
+
+def _check_term(term: DenoisingTerm | PictureTerm) -> None:
+    """ConfigError for a loss that is not known, or a weight that is no number of 0 or more."""
+    for name, kind in get_type_hints(type(term)).items():
+        check_type(f"loss {name}", getattr(term, name), kind)
+    if term.weight < 0:
+        raise ConfigError(f"the weight of the loss {term.name} must be 0 or more, got {term.weight!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +112,15 @@ class LookaheadConfig(TrainConfig):
     save_precision: Literal["fp16", "fp32"] = "fp16"
     """Type of the saved encoder; fp32 doubles the file."""
     preview_every: int = 0
-    """Show reference, target and preview every so many steps, as they come; 0 shows none."""
+    """Sample a grid of people every so many steps; 0 samples none."""
+    preview_people: int = 2
+    """People that it shows, and as many of the validation set."""
+    preview_steps: int = 20
+    """Sampling steps of its pictures; those with the LCM LoRA take four."""
+    evaluate_every: int = 0
+    """Steps between evaluations on pairs that are always the same; 0 evaluates nothing."""
+    evaluation_pairs: int = 8
+    """Pairs of an evaluation."""
     cache_gigabytes: float = 4.0
     """Main memory for encoded pictures, which then need not be encoded again."""
 
@@ -111,9 +133,9 @@ class LookaheadConfig(TrainConfig):
             self._require(-1 <= getattr(self, name) <= 1, name, "between -1 and 1")
         for name in ("kv_drop_chance", "adapter_drop_chance", "text_drop_chance", "lcm_full_chance"):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
-        for name in ("lookahead_every", "lcm_scale_every", "adapter_scale", "cache_gigabytes"):
+        for name in ("lookahead_every", "lcm_scale_every", "adapter_scale", "cache_gigabytes", "evaluate_every"):
             self._require(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("lookahead_batch_size", "lookahead_max_timestep"):
+        for name in ("lookahead_batch_size", "lookahead_max_timestep", "preview_people", "evaluation_pairs"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(0 < self.lcm_min_scale <= 1, "lcm_min_scale", "above 0 and at most 1")
         multiple = not self.lookahead_every or self.lcm_scale_every % self.lookahead_every == 0
@@ -123,7 +145,16 @@ class LookaheadConfig(TrainConfig):
         for name in ("snr_gamma", "offset_noise"):
             self._require(getattr(self, name) == 0, name, "0, as this training does not know it")
         self._require(not self.flip, "flip", "false, as mirrored faces are other faces")
-        self._require(self.keep == "last", "keep", '"last", as the losses of two kinds of steps have no common best')
+        compared = self.keep == "last" or self.evaluate_every > 0
+        self._require(compared, "keep", '"last" unless evaluate_every is above 0, as training losses say too little')
+        for name in ("denoising_losses", "picture_losses"):
+            named = [term.name for term in getattr(self, name)]
+            self._require(len(set(named)) == len(named), name, "losses of different names")
+
+    def resume_fingerprint(self, steps: int, *more: str) -> str:
+        """As TrainConfig's: what a run shows and evaluates takes no part either."""
+        shown = {"keep": "last", "preview_people": 1, "evaluate_every": 0, "evaluation_pairs": 1}
+        return TrainConfig.resume_fingerprint(replace(self, **shown), steps, *more)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,13 @@ CONCEPT = "conceptname"
 """What file names say for the person; the authors' generation scripts write it."""
 VANILLA = "vanilla"
 """In the path of plain photographs, as opposed to pictures in a style."""
+VALIDATION_PROMPTS = (
+    "A painting of a face in the style of monet",
+    "A photo of a face in the forest",
+    "A photo of a face as a knight in plate",
+    "Fauvism painting of a face",
+)
+"""Of the authors' example configs."""
 TARGET_WORD, REFERENCE_WORD = "<s*>", "<ph>"
 """What ``{placeholder}`` becomes in the prompts of targets and of the encoder's pictures."""
 
@@ -126,6 +133,13 @@ class People:
         for picture in self.pictures:
             self._of.setdefault(picture.identity, []).append(picture)
 
+    @property
+    def alone(self) -> list[str]:
+        """People with a single picture, which is then its own reference."""
+        if self.settings.metadata is None:
+            return []
+        return [identity for identity, pictures in self._of.items() if len(pictures) == 1]
+
     def _prompt(self, name: str, prompt: str) -> str:
         if not self.settings.prompt_in_filename:
             return prompt
@@ -179,8 +193,14 @@ class FaceDataSettings:
     """Chance that the target shows somebody else, which teaches when not to copy the reference."""
     prompt: str = "a photo of a face"
     """For pictures whose names tell none."""
+    validation: FaceSet | None = None
+    """People that are not trained on: the evaluations' and, beside some of the others, the previews'."""
+    validation_prompts: tuple[str, ...] = VALIDATION_PROMPTS
+    """What previews show people as, beside a prompt that is trained on."""
 
     def __post_init__(self) -> None:
+        if not self.validation_prompts:
+            raise ConfigError("data.validation_prompts is empty; give at least one, such as a painting of a face")
         if not self.sets:
             raise ConfigError("data has no sets; add [[data.sets]] with a folder")
         if not 0 <= self.random_target_chance <= 1:
@@ -188,23 +208,43 @@ class FaceDataSettings:
 
     def open(self) -> "FaceData":
         """Look at all folders; errors as People."""
-        return FaceData(self, [People(one, self.prompt) for one in self.sets])
+        validation = None if self.validation is None else FaceData(self, [People(self.validation, self.prompt)])
+        return FaceData(self, [People(one, self.prompt) for one in self.sets], validation)
 
 
 class FaceData:
     """Several sets as one, in the order given."""
 
-    def __init__(self, settings: FaceDataSettings, sets: Sequence[People]):
-        self.settings, self.sets = settings, list(sets)
+    def __init__(self, settings: FaceDataSettings, sets: Sequence[People], validation: "FaceData | None" = None):
+        self.settings, self.sets, self.validation = settings, list(sets), validation
         self._starts = [sum(len(one.pictures) for one in self.sets[:index]) for index in range(len(self.sets))]
 
     def __len__(self) -> int:
         return sum(len(one.pictures) for one in self.sets)
 
-    def pair(self, index: int, generator: torch.Generator) -> FacePair:
-        """As People.pair, of the set that picture ``index`` belongs to."""
+    def pair(self, index: int, generator: torch.Generator, *, strays: bool = True) -> FacePair:
+        """As People.pair, of the set that picture ``index`` belongs to.
+
+        Args:
+            strays: whether random targets may be drawn.
+        """
         which = max(number for number, start in enumerate(self._starts) if start <= index)
-        return self.sets[which].pair(index - self._starts[which], self.settings.random_target_chance, generator)
+        chance = self.settings.random_target_chance if strays else 0.0
+        return self.sets[which].pair(index - self._starts[which], chance, generator)
+
+    def spread(self, count: int) -> list[int]:
+        """Numbers of so many pictures, evenly spread; some again where there are fewer."""
+        return [place * len(self) // count for place in range(count)]
+
+    def remarks(self) -> list[str]:
+        """What the user might want to know about the folders, in sentences without their ends."""
+        said = []
+        for one in self.sets:
+            if one.missing:
+                said.append(f"{one.settings.folder.name}: {len(one.missing)} pictures of the metadata are not there")
+            if one.alone:
+                said.append(f"{one.settings.folder.name}: {len(one.alone)} people have a single picture")
+        return said
 
     def prompts(self) -> list[str]:
         """All that ``pair`` can give."""

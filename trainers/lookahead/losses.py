@@ -38,6 +38,8 @@ class Seen:
     landmarks: Sequence[Tensor | None]
     """Of the references' faces."""
     prompts: Sequence[str]
+    faceless: float | None = None
+    """Loss ``identity`` of a preview in which no face is found; None leaves such rows out."""
 
 
 Loss = Callable[[Seen], Tensor]
@@ -69,9 +71,16 @@ def _identity(config: LookaheadConfig, models: LookaheadModels, finder: Finder, 
 
     def loss(seen: Seen) -> Tensor:
         landmarks = [finder(picture) for picture in seen.pictures]
-        return identity_loss(
+        found = identity_loss(
             network, seen.pictures, landmarks, seen.references, seen.landmarks, size=network.size, how=config.face_fit
         )
+        if seen.faceless is None:
+            return found
+        wanted = [
+            points is None for points, theirs in zip(landmarks, seen.landmarks, strict=True) if theirs is not None
+        ]
+        missing = sum(wanted) / max(len(wanted), 1)
+        return (1 - missing) * found + missing * seen.faceless
 
     return loss
 

@@ -1,14 +1,16 @@
 """Pictures on their way to the UNet: cut, encoded by the autoencoder and by CLIP-Vision, faces looked for."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models.errors import TrainingError
+from ...models.errors import DatasetError, TrainingError
 from ...models.face_crops import cut_face
 from ...models.faces import Face, FaceAnalyser
 from ..clip_vision import ClipVision
@@ -16,6 +18,8 @@ from ..pictures import Crop, Picture
 from ..vae import Autoencoder
 from .data import FacePair, FacePicture
 
+_NAMED = 5
+"""How many unreadable pictures a summary names; each is warned of besides."""
 AUGMENTED_AREA = (0.8, 1.0)
 """Part of a reference that is kept where references are augmented."""
 
@@ -72,11 +76,13 @@ class PictureReader:
         self._vae, self._vision, self.side, self._crop = vae, vision, side, crop
         self._faces, self._crop_heads = faces, crop_heads
         self._room, self._known = int(memory * 2**30), OrderedDict()
+        self.unreadable: dict[Path, str] = {}
+        """Pictures that could not be opened so far, and why; each was warned of once."""
         self.nobody = vision.nobody()
         """Hidden states of the picture that stands for nobody, (1, patches + 1, dim)."""
 
     def target(self, picture: FacePicture, generator: torch.Generator) -> Encoded:
-        """The picture to be denoised."""
+        """The picture to be denoised; DatasetError when it cannot be read, as for references."""
         pixels, key = self._cut(picture, generator)
         return self._remembered(("target", *key), lambda: Encoded(*self._encode(pixels, picture.name)))
 
@@ -93,8 +99,23 @@ class PictureReader:
         face = self._face(pixels)
         return None if face is None else face.landmarks
 
+    def remarks(self) -> list[str]:
+        """Which pictures could not be read, as a sentence without its end; empty when all could."""
+        if not self.unreadable:
+            return []
+        names = ", ".join(path.name for path in list(self.unreadable)[:_NAMED])
+        more = ", …" if len(self.unreadable) > _NAMED else ""
+        return [f"{len(self.unreadable)} pictures could not be read and were left out ({names}{more})"]
+
     def _cut(self, picture: FacePicture, generator: torch.Generator) -> tuple[Tensor, tuple[Hashable, ...]]:
-        opened = Picture.from_file(picture.path).open()
+        if picture.path in self.unreadable:
+            raise DatasetError(self.unreadable[picture.path])
+        try:
+            opened = Picture.from_file(picture.path).open()
+        except DatasetError as error:
+            self.unreadable[picture.path] = str(error)
+            warnings.warn(f"left out of the training: {error}", stacklevel=2)
+            raise
         cut = opened.cut(self.side, crop=self._crop, generator=generator)
         return cut.pixels, (picture.path, cut.crop_top_left)
 

@@ -1,25 +1,21 @@
 """Training of a face encoder from pictures of people to one file, read from top to bottom."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ...models.errors import ConfigError, IncompatibleModelError
-from ...models.faces import face_analyser
 from ...models.formats import describe, safe_name
-from ...models.lookahead.encoder import FORMAT, LookaheadEncoder, write_encoder
-from ...models.lora import parse_lora
-from ..adapters import with_prefix_removed
-from ..base import TrainingBase, load_other_vae, open_base
+from ...models.lookahead.encoder import FORMAT, write_encoder
+from ..base import TrainingBase, open_base
 from ..checkpoint import GeneratorState, check_states
-from ..clip_vision import load_clip_vision
 from ..config import build
-from ..devices import autocast, dtype_of, free_memory, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
+from ..devices import dtype_of, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
 from ..loop import TrainResult, train_loop
 from ..optimizer import ParameterGroup, check_optimizer
 from ..outcome import Outcome, report
@@ -27,17 +23,17 @@ from ..output import OutputPlace
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
 from ..settings import pick_device
-from ..text import PromptEncoder
 from ..weights import Weights
-from .batch import Batches, picture_row
+from .batch import Batches
 from .config import LookaheadConfig, LookaheadModels, LookaheadRun
 from .data import FaceData
-from .identity_attention import IdentityAttention
+from .evaluation import EvaluateEvery, LookaheadEvaluation
 from .iterations import Iterations
-from .losses import Seen, make_losses
-from .pictures import PictureReader
-from .starting import start_encoder
-from .step import denoise, look_ahead, noise_term, trained_parameters
+from .loading import load
+from .losses import make_losses
+from .objective import Objective
+from .step import trained_parameters
+from .validation import ValidationGrid
 
 
 def train(
@@ -84,45 +80,28 @@ def train(
     fingerprint = config.resume_fingerprint(
         config.steps, base.fingerprint, data.fingerprint, *digests, str(models.preview_vae), str(ranks.count)
     )
-    dtype = dtype_of(config.precision, device)
+    dtype_of(config.precision, device)
     resumed = check_states(place.run_folder, fingerprint, resume=config.resume, overwrite=place.overwrite)
     place.check((), may_exist=resumed)
     check_optimizer(config)
-    tokenizer = base.tokenizer()
+    base.tokenizer()  # refuses before a model is loaded
     if before_loading is not None:
         before_loading()
     reset_peak_memory(device)
     generator = torch.Generator().manual_seed(config.seed)
-    faces = face_analyser(models.face_models) if models.face_models else None
     cancelled = False
     try:
-        prompts = ["", *data.prompts()]
-        progress.report(0, 1, "encoding prompts")
-        text = PromptEncoder(base.family, base.load_text_encoders(dtype, device), tokenizer)
-        embeds = text.encode_frozen(prompts)
-        del text
-        free_memory(device)
-        if progress.cancelled():
-            raise Cancelled
-        vae = base.load_vae(torch.float32, device)
-        decoder = load_other_vae(models.preview_vae, base.family, dtype, device) if models.preview_vae else vae
-        reader = PictureReader(
-            vae,
-            load_clip_vision(models.clip_vision, dtype, device),
-            side=config.resolution or base.family.resolution,
-            crop=config.crop,
-            faces=faces,
-            crop_heads=data.settings.crop_heads,
-            memory=config.cache_gigabytes,
+        loaded = load(
+            config,
+            base,
+            models,
+            data,
+            prompts=_prompts(data),
+            device=device,
+            generator=generator,
+            progress=progress,
+            losses=lambda reader: make_losses(config, models, reader.landmarks, device),
         )
-        losses = make_losses(config, models, reader.landmarks, device) if config.lookahead_every else {}
-        unet = base.load_unet(dtype, device).requires_grad_(False)
-        encoder = start_encoder(
-            models.start, unet, lora_rank=config.lora_rank, copy_rank=config.copy_rank, generator=generator
-        )
-        _check_vision(reader, encoder, models)
-        identity = _attach(unet, base, encoder, models, config)
-        resampler = encoder.resampler.to(device, torch.float32)
     except Cancelled:
         cancelled = True
     except RuntimeError as error:
@@ -131,64 +110,35 @@ def train(
         raise out_of_memory(config, "while loading the models") from error
     if ranks.any(cancelled):
         return Outcome(TrainResult(stopped_by="cancelled"))
-    own, adapter = trained_parameters(identity, resampler)
+    own, adapter = trained_parameters(loaded.identity, loaded.resampler)
     if not config.train_adapter:
         for parameter in adapter.values():
             parameter.requires_grad_(False)
         adapter = {}
-    schedule = base.noise_schedule()
-    iterations = Iterations(config, data, generator, ranks)
-    batches = Batches(config, data, reader, dict(zip(prompts, range(len(prompts)))), embeds, ranks, device)
-    shown: list[Tensor] = []
+    objective, iterations = Objective(config, loaded, device), Iterations(config, data, generator, ranks)
+    batches = [
+        Batches(config, one, loaded.reader, loaded.told, ranks, device) for one in (data, data.validation) if one
+    ]
     halves = {"ahead": False}
 
     def step() -> Tensor:
         turn = iterations.next()
         halves["ahead"] = turn.ahead
-        batch = batches.make(turn, schedule.timesteps)
-        with autocast(config.precision, device):
-            denoised = denoise(
-                identity,
-                resampler,
-                schedule,
-                batch.rows,
-                batch.timesteps,
-                uniform=batch.uniform,
-                kv_drop_chance=config.kv_drop_chance,
-                dropped=batch.dropped,
-                noisy_reference=config.noisy_reference,
-                adapter_scale=config.adapter_scale,
-                preview_scale=turn.strength if turn.ahead else 0.0,
-            )
-        if not turn.ahead:
-            target = schedule.target(batch.rows.latents, batch.rows.noise, batch.timesteps)
-            has_face = torch.tensor([float(points is not None) for points in batch.landmarks])
-            return sum(
-                term.weight * noise_term(term.name, denoised.prediction, target, has_face)
-                for term in config.denoising_losses
-            )
-        _, pictures = look_ahead(
-            schedule, denoised, batch.timesteps, lambda latents: decoder.decode(latents, clamp=False)
-        )
-        shown[:] = [batch.references, batch.targets, pictures.detach().cpu()]
-        seen = Seen(pictures, batch.references.to(device), batch.landmarks, batch.prompts)
-        return turn.strength * sum(weight * loss(seen) for weight, loss in losses.values())
+        batch = batches[0].make(turn, loaded.schedule.timesteps)
+        return objective.ahead(batch, turn.strength) if turn.ahead else objective.denoising(batch)
 
     def clipped() -> list[nn.Parameter] | None:
         return [*own.values()] if config.clip == "authors" and not halves["ahead"] else None
-
-    def preview(_: int) -> Image.Image | None:
-        return picture_row(shown) if shown else None
 
     saved: list[Path] = []
 
     def save(finished: TrainResult) -> None:
         about = describe(
             FORMAT, family=base.family.name, method="lookahead", title=place.name, config=config.as_dict(),
-            kind="lookahead-encoder", extra=metadata,
+            kind="lookahead-encoder", extra=_provenance(base, models, data) | dict(metadata or {}),
         )  # fmt: skip
         precision = torch.float16 if config.save_precision == "fp16" else torch.float32
-        learned = replace(identity.encoder, resampler=resampler, name=place.name)
+        learned = replace(loaded.identity.encoder, resampler=loaded.resampler, name=place.name)
         path = write_encoder(place.lora_path, learned, about, dtype=precision, overwrite=place.overwrite or resumed)
         saved[:] = [path]
 
@@ -196,6 +146,11 @@ def train(
         ParameterGroup("encoder", own, config.learning_rate, config.weight_decay),
         ParameterGroup("adapter", adapter, config.adapter_learning_rate, config.weight_decay),
     ]
+    grid = ValidationGrid(config, data, loaded, batches, device=device, progress=progress)
+    evaluation = None
+    if config.evaluate_every:
+        shown = data.validation or data
+        evaluation = LookaheadEvaluation(config, objective, batches[-1], shown, loaded.schedule.timesteps)
     result = train_loop(
         config,
         [group for group in groups if group.parameters],
@@ -203,37 +158,33 @@ def train(
         device=device,
         state={"generator": GeneratorState(generator), "iterations": iterations},
         clip_only=clipped,
+        stopping=EvaluateEvery(config.steps, config.evaluate_every) if evaluation else None,
+        evaluation=evaluation,
         progress=progress,
         ranks=ranks,
         run_folder=place.run_folder,
         fingerprint=fingerprint,
-        preview=preview,
+        preview=grid.make,
         save=save,
     )
-    return Outcome(result, tuple(saved), preview(0))
+    result.explanation = "; ".join([*data.remarks(), *loaded.reader.remarks()])
+    return Outcome(result, tuple(saved), grid.last)
 
 
-def _check_vision(reader: PictureReader, encoder: LookaheadEncoder, models: LookaheadModels) -> None:
-    found, wanted = reader.nobody.shape[-1], encoder.resampler.picture_dim
-    if found != wanted:
-        raise IncompatibleModelError(
-            f"{models.clip_vision.name} gives hidden states of {found} numbers, {encoder.name} reads {wanted}; choose "
-            "the CLIP-Vision model that it was trained with (1280 means ViT-H)"
-        )
+def _prompts(data: FaceData) -> list[str]:
+    """All that a training, its evaluations and its previews can ask for."""
+    validation = data.validation.prompts() if data.validation else []
+    return sorted({"", *data.prompts(), *validation, *data.settings.validation_prompts})
 
 
-def _attach(
-    unet: nn.Module, base: TrainingBase, encoder: LookaheadEncoder, models: LookaheadModels, config: LookaheadConfig
-) -> IdentityAttention:
-    preview = {}
-    if config.lookahead_every:
-        tensors = Weights.open(models.lcm_lora)
-        deltas = parse_lora(tensors.read(tensors.shapes), layers_per_block=base.layers_per_block)
-        preview = with_prefix_removed(deltas, "unet")
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()
-    return IdentityAttention(unet, encoder, preview=preview, trainable=True)
+def _provenance(base: TrainingBase, models: LookaheadModels, data: FaceData) -> dict[str, str]:
+    """What a file says of where it comes from, by names without paths."""
+    sets = {one.settings.folder.name: len(one.pictures) for one in data.sets}
+    return {
+        "personalize.base": base.name,
+        "personalize.started_from": models.start.name,
+        "personalize.pictures": json.dumps(sets),
+    }
 
 
 def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
@@ -246,8 +197,5 @@ def run(values: dict[str, Any], progress: Progress, ranks: Ranks) -> int:
     place = OutputPlace(
         name, out / "lookahead_encoders", out / "embeddings", out / "runs" / name, overwrite=settings.output.overwrite
     )
-    for one in data.sets:
-        if one.missing and ranks.is_writer:
-            print(f"{one.settings.folder}: {len(one.missing)} pictures of the metadata are not there and are left out")
     outcome = train(settings.train, base, settings.models, data, place, device=device, progress=progress, ranks=ranks)
     return report(outcome, ranks)

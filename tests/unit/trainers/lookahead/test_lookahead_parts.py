@@ -12,7 +12,7 @@ from comfyui_personalize.models.lookahead.encoder_parts import last_block
 from comfyui_personalize.trainers.clip_vision import clip_pictures, load_clip_vision
 from comfyui_personalize.trainers.config import build, read_toml
 from comfyui_personalize.trainers.lookahead import config as settings
-from comfyui_personalize.trainers.lookahead.config import LookaheadConfig, LookaheadRun
+from comfyui_personalize.trainers.lookahead.config import LookaheadConfig, LookaheadRun, PictureTerm
 from comfyui_personalize.trainers.lookahead.data import FaceDataSettings, FaceSet, read_metadata
 from comfyui_personalize.trainers.lookahead.iterations import Iterations
 from comfyui_personalize.trainers.lookahead.pictures import augmented
@@ -39,11 +39,10 @@ def test_the_examples_are_whole(name):
 def test_the_example_has_every_setting_that_this_recipe_knows():
     values = read_toml(FOLDER / "example.toml")
     unknown_here = {
-        "snr_gamma", "offset_noise", "crop_variants", "flip", "keep", "bundle_tokens", "preview_prompt",
-        "preview_steps", "preview_guidance",
+        "snr_gamma", "offset_noise", "crop_variants", "flip", "bundle_tokens", "preview_prompt", "preview_guidance",
     }  # fmt: skip
     assert values["train"].keys() == LookaheadConfig.__dataclass_fields__.keys() - unknown_here
-    assert values["data"].keys() == FaceDataSettings.__dataclass_fields__.keys()
+    assert values["data"].keys() == FaceDataSettings.__dataclass_fields__.keys() - {"validation"}
     assert values["data"]["sets"][0].keys() == FaceSet.__dataclass_fields__.keys()
 
 
@@ -58,6 +57,7 @@ def test_the_example_has_every_setting_that_this_recipe_knows():
         ({"flip": True}, "flip"),
         ({"snr_gamma": 5.0}, "snr_gamma"),
         ({"lookahead_batch_size": 0}, "lookahead_batch_size"),
+        ({"picture_losses": (PictureTerm(name="clip"),) * 2}, "losses of different names"),
     ],
 )
 def test_settings_are_refused_by_name(wrong, named):
@@ -68,6 +68,22 @@ def test_settings_are_refused_by_name(wrong, named):
 def test_a_loss_of_another_name_is_refused():
     with pytest.raises(ConfigError, match="name must be one of noise, weighted_noise"):
         build(LookaheadConfig, {"denoising_losses": [{"name": "huber"}]})
+
+
+def test_a_loss_with_a_weight_that_is_none_is_refused():
+    for weight in (float("nan"), float("inf"), -1.0, "1"):
+        with pytest.raises(ConfigError, match="loss"):
+            PictureTerm(name="identity", weight=weight)
+    with pytest.raises(ConfigError, match="loss name must be one of identity"):
+        PictureTerm(name="huber")
+
+
+def test_what_is_shown_and_evaluated_does_not_change_a_run():
+    plain = LookaheadConfig()
+    watched = LookaheadConfig(evaluate_every=5, keep="best", preview_every=2, preview_people=4, preview_steps=3)
+    assert plain.resume_fingerprint(9) == watched.resume_fingerprint(9)
+    more = LookaheadConfig(picture_losses=(*plain.picture_losses, PictureTerm(name="image_l1")))
+    assert plain.resume_fingerprint(9) != more.resume_fingerprint(9)
 
 
 def test_missing_models_are_named(tiny):

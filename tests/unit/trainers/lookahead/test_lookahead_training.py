@@ -14,7 +14,7 @@ from comfyui_personalize.trainers import loop
 from comfyui_personalize.trainers.__main__ import main
 from comfyui_personalize.trainers.base import TrainingBase, open_base
 from comfyui_personalize.trainers.checkpoint import newest_states
-from comfyui_personalize.trainers.lookahead import train
+from comfyui_personalize.trainers.lookahead import objective
 from comfyui_personalize.trainers.lookahead.config import PictureTerm
 from comfyui_personalize.trainers.lookahead.pictures import PictureReader
 from comfyui_personalize.trainers.lookahead.starting import start_encoder
@@ -45,13 +45,13 @@ def started(tiny):
 
 def test_an_encoder_is_trained_and_saved(tiny, monkeypatch):
     prepared = []
-    denoise = train.denoise
+    denoise = objective.denoise
 
     def watched(*arguments, **told):
         prepared.append((len(arguments[3].latents), told["preview_scale"] > 0, told["dropped"] is None))
         return denoise(*arguments, **told)
 
-    monkeypatch.setattr(train, "denoise", watched)
+    monkeypatch.setattr(objective, "denoise", watched)
     result = tiny.train()
     assert result.train.steps == 4 and all(math.isfinite(loss) for loss in result.train.losses)
     assert prepared == [(2, False, False), (1, True, True)] * 2  # rows, under the LCM LoRA, adapter never dropped
@@ -67,7 +67,8 @@ def test_an_encoder_is_trained_and_saved(tiny, monkeypatch):
     assert saved.keys() == before.keys()
     assert [name for name in saved if torch.equal(saved[name], before[name])] == []  # everything learned something
 
-    assert result.preview.size == (3 * 64, 64)
+    assert header.metadata["personalize.started_from"] == tiny.models.start.name
+    assert result.preview is None and not [*tiny.place().run_folder.glob("preview*")]
     assert (tiny.place().run_folder / "log.jsonl").read_text().count("\n") == 4
 
 
