@@ -153,10 +153,9 @@ class PerfusionTextEncode(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="From Apply Perfusion."),
                 _sockets.Concepts.Input("concepts", tooltip="The same that were applied."),
-                io.String.Input(
+                io.String.Input(  # no dynamic prompts, for which the page would turn {1} into 1
                     "text",
                     multiline=True,
-                    dynamic_prompts=True,
                     tooltip="The prompt. {1}, {2} … stand for the concepts' words in their order.",
                 ),
                 io.Boolean.Input("global_locking", default=True, tooltip=GLOBAL_LOCKING),
