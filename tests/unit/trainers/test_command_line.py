@@ -108,6 +108,13 @@ def test_a_run_from_toml_to_files(config, tmp_path, capsys):
     assert len(losses(tmp_path, "other dog")) == 2
 
 
+def test_a_rule_that_samples_pictures(config, tiny_clip, capsys):
+    words = ["stopping.rule=clip", "stopping.patience=0", "stopping.eps=1.0", "stopping.every=1"]
+    words += [f"stopping.pictures.clip={tiny_clip}", "stopping.pictures.count=1", "stopping.pictures.steps=1"]
+    assert command_line.main(["dco", "--config", str(config), *words]) == 0
+    assert "2 steps (CLIP plateau: in 1 checks in a row, one every 1 steps" in capsys.readouterr().out
+
+
 def test_overrides_may_stand_anywhere(config):
     for words in (["dco", "--config", str(config), "device=banana"], ["dco", "device=banana", "--config", str(config)]):
         assert command_line.main(words) == 1
@@ -132,6 +139,9 @@ def check_one_line(capsys, part):
         (["output.name=../up"], "output name '../up' contains a path separator"),
         (["base=5"], "base must be a table of settings, got 5"),
         (["steps"], "'steps' is not an override"),
+        (["stopping.rule=luck"], "stopping.rule must be one of dvar, clip, fixed, got 'luck'"),
+        (["stopping.rule=clip"], "stopping lacks pictures"),
+        (["stopping.rule=clip", "stopping.pictures.clip=/nowhere"], "/nowhere: no CLIP there for the CLIP plateau"),
     ],
 )
 def test_mistakes_are_one_line(words, part, config, capsys, tmp_path):
