@@ -85,6 +85,7 @@ class IdentityPrompts(io.ComfyNode):
                 io.Boolean.Output(display_name="vanilla", is_output_list=True,
                                   tooltip="Whether it is a plain photograph, for Save Identity Set."),
                 io.Int.Output(display_name="left", tooltip="Pictures that the set will still lack after this run."),
+                io.String.Output(display_name="set_name", tooltip="For Save Identity Set."),
             ],
         )  # fmt: skip
 
@@ -134,9 +135,9 @@ class IdentityPrompts(io.ComfyNode):
         made = missing[:count]
         if not made:
             # Not an error: of many runs in the queue, the last ones find nothing left.
-            return io.NodeOutput(*([ExecutionBlocker(None)] for _ in range(5)), 0)
+            return io.NodeOutput(*([ExecutionBlocker(None)] for _ in range(5)), 0, set_name)
         columns = zip(*((one.text, one.seed, one.identity, one.prompt, one.vanilla) for one in made), strict=True)
-        return io.NodeOutput(*map(list, columns), len(missing) - len(made))
+        return io.NodeOutput(*map(list, columns), len(missing) - len(made), set_name)
 
 
 class SaveIdentitySet(io.ComfyNode):
@@ -202,6 +203,7 @@ class SaveIdentitySet(io.ComfyNode):
         progress.raise_if_cancelled()
         pictures, persons = people.counts
         summary = f"{name}: {written} new, {pictures} pictures of {persons} people"
+        progress.report(len(plan), len(plan), summary)
         return io.NodeOutput(name, pictures, persons, ui={"images": _shown(name, plan), "text": [summary]})
 
 
@@ -269,6 +271,6 @@ def _text_path(name: str) -> Path:
     return Path(folder_paths.get_input_directory()) / name
 
 
-def _single(value: list | str | None) -> str | None:
-    """A widget's value as the checks before execution get it: in a list, since the node takes lists."""
-    return next(iter(value), None) if isinstance(value, list) else value
+def _single(values: list | tuple | str | None) -> str | None:
+    """A widget's value as the checks before execution get it: in a list or tuple, since the node takes lists."""
+    return next(iter(values), None) if isinstance(values, list | tuple) else values

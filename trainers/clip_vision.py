@@ -68,6 +68,8 @@ class ClipVision:
 def load_clip_vision(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> ClipVision:
     """Load transformers' weights from a single file, or from a folder with a config.json.
 
+    Beside a single file of an unusual size, its settings may lie under the same name with the ending .json.
+
     Raises:
         FormatError: absent, damaged, or no CLIP-Vision model.
         IncompatibleModelError: a size that is not known and that no config.json tells.
@@ -75,12 +77,13 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype, device: torch.device 
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     path = Path(path)
-    settings = None
-    if path.is_dir():
+    settings, told = None, path / "config.json" if path.is_dir() else path.with_suffix(".json")
+    if path.is_dir() or told.is_file():
         try:
-            settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            settings = json.loads(told.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise FormatError(f"{path.name}: no config.json that can be read; give the folder image_encoder") from error
+            raise FormatError(f"{path.name}: no {told.name} that can be read; give the folder image_encoder") from error
+    if path.is_dir():
         files = [path / "model.safetensors", path / "pytorch_model.bin"]
         path = next((file for file in files if file.is_file()), files[0])
     if not path.is_file():
@@ -111,7 +114,8 @@ def _sizes(shapes: dict[str, tuple[int, ...]], name: str) -> dict[str, int | str
     positions, _ = shapes[f"{embeddings}position_embedding.weight"]
     if width not in _HEADS:
         raise IncompatibleModelError(
-            f"{name}: a CLIP-Vision model {width} wide, known are {sorted(_HEADS)}; give a folder with its config.json"
+            f"{name}: a CLIP-Vision model {width} wide, known are {sorted(_HEADS)}; put its config.json beside it "
+            f"as {Path(name).stem}.json"
         )
     layers = [int(key.split(".")[3]) for key in shapes if key.startswith("vision_model.encoder.layers.")]
     return {

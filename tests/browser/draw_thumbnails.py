@@ -5,6 +5,7 @@ from pathlib import Path
 import painting
 import thumbnails_dco
 import thumbnails_dvar
+import thumbnails_encoder
 import thumbnails_lookahead
 import thumbnails_perfusion
 
@@ -12,6 +13,7 @@ WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 THUMBNAILS = (
     thumbnails_dco.THUMBNAILS
     | thumbnails_dvar.THUMBNAILS
+    | thumbnails_encoder.THUMBNAILS
     | thumbnails_lookahead.THUMBNAILS
     | thumbnails_perfusion.THUMBNAILS
 )

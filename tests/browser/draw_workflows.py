@@ -14,6 +14,7 @@ from pathlib import Path
 
 import layouts_dco
 import layouts_dvar
+import layouts_encoder
 import layouts_lookahead
 import layouts_perfusion
 
@@ -38,7 +39,7 @@ SIZES = {
     "PersonalizeApplyPerfusion": (340, 0),
     "PersonalizePerfusionTextEncode": (360, 150),
     "PersonalizePerfusionBalance": (400, 900),
-    "PersonalizeSoftSubjectMasks": (310, 180),
+    "PersonalizeSoftSubjectMasks": (340, 200),
     "PersonalizeLoadDCOLoRA": (340, 0),
     "PersonalizeRewardGuider": (340, 0),
     "PersonalizeKSamplerRewardGuidance": (340, 640),
@@ -49,6 +50,11 @@ SIZES = {
     "PersonalizeLookaheadGuider": (340, 0),
     "PersonalizeKSamplerLookahead": (360, 960),
     "PersonalizePromptBatch": (360, 180),
+    "PersonalizeIdentityPrompts": (400, 760),
+    "PersonalizeSaveIdentitySet": (420, 560),
+    "PersonalizeTrainLookaheadEncoder": (440, 1500),
+    "PersonalizePersonalizationScores": (420, 600),
+    "PrimitiveStringMultiline": (360, 160),
     "PersonalizePreviewLossCLIP": (340, 200),
     "PersonalizeLookaheadPreviewGuidance": (340, 0),
     "CheckpointLoaderSimple": (340, 0),
@@ -62,11 +68,11 @@ SIZES = {
     "RandomNoise": (340, 0),
     "KSamplerSelect": (340, 0),
     "BasicScheduler": (340, 0),
+    "KSampler": (340, 560),
     "EmptyLatentImage": (340, 0),
     "SamplerCustomAdvanced": (420, 340),
     "VAEDecode": (420, 0),
     "SaveImage": (420, 335),
-    "KSampler": (340, 560),
     "PreviewAny": (420, 420),
     "PreviewImage": (340, 335),
     "MaskToImage": (340, 0),
@@ -78,16 +84,17 @@ COLOURS = {
     "Personalized prompt": GREEN,
     "Prompt": GREEN,
     "Prompts, one style a line": GREEN,
+    "Prompts, one a line": GREEN,
+    "Prompts, one a picture": GREEN,
     "Negative prompt": RED,
     "Negative prompt: none": RED,
 }
 
 # Groups from left to right; each is a list of columns, each column node ids from top to bottom. 0 is the note.
-LAYOUTS = layouts_dco.LAYOUTS | layouts_dvar.LAYOUTS | layouts_lookahead.LAYOUTS | layouts_perfusion.LAYOUTS
-NOTES = layouts_dco.NOTES | layouts_dvar.NOTES | layouts_lookahead.NOTES | layouts_perfusion.NOTES
-NOTE_SIZES = (
-    layouts_dco.NOTE_SIZES | layouts_dvar.NOTE_SIZES | layouts_lookahead.NOTE_SIZES | layouts_perfusion.NOTE_SIZES
-)
+METHODS = (layouts_dco, layouts_dvar, layouts_encoder, layouts_lookahead, layouts_perfusion)
+LAYOUTS = {name: groups for method in METHODS for name, groups in method.LAYOUTS.items()}
+NOTES = {name: note for method in METHODS for name, note in method.NOTES.items()}
+NOTE_SIZES = {name: size for method in METHODS for name, size in method.NOTE_SIZES.items()}
 
 ARRANGE = """({groups, sizes, colours, gaps, note}) => {
     const [gap, groupGap, title, groupTitle] = gaps;

@@ -19,6 +19,8 @@ FIRST = {
     "lookahead_saved_identity": ["lookahead_face_to_portrait"],
     "perfusion_balance": ["perfusion_train_concept"],
     "perfusion_global_locking": ["perfusion_train_concept"],
+    "lookahead_train_encoder": ["lookahead_generate_identities"],
+    "lookahead_validate_encoder": ["lookahead_train_encoder"],
     "perfusion_two_concepts": ["perfusion_train_concept"],
 }
 """Workflows that save what another one reads."""
@@ -60,6 +62,24 @@ SMALL = {
         "preview_steps": 1,
         "overwrite": True,
     },
+    "PersonalizeIdentityPrompts": {"vanilla_pictures": 1, "people": 2, "count": 4},
+    "PersonalizeTrainLookaheadEncoder": {
+        "face_network": "(none)",
+        "face_folder": "(none)",
+        "identity_weight": 0.0,
+        "image_weight": 1.0,
+        "steps": 2,
+        "batch_size": 2,
+        "lookahead_batch_size": 1,
+        "resolution": SIDE,
+        "gradient_checkpointing": False,
+        "preview_every": 2,
+        "preview_people": 1,
+        "preview_steps": 1,
+        "evaluate_every": 2,
+        "overwrite": True,
+    },
+    "PersonalizePersonalizationScores": {"face_folder": "none"},
     "PersonalizeKSamplerMultiConceptLocking": {"steps": 2},
     "PersonalizePerfusionBalance": {"steps": 2, "betas": "0.5, 0.8", "taus": "0.15"},
     "EmptyLatentImage": {"width": SIDE, "height": SIDE},
@@ -114,7 +134,9 @@ def write_models(models: Path, lookahead) -> None:
         lookahead: the module tests/tiny/lookahead.py.
     """
     lookahead.write_slim(models / "lookahead_encoders" / "lookahead_encoder.safetensors", "sdxl")
-    lookahead.write_clip_vision(models / "clip_vision" / "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
+    lookahead.write_slim(models / "lookahead_encoders" / "ip-adapter-plus-face_sdxl_vit-h.safetensors", "sdxl", rank=0)
+    vision = lookahead.write_clip_vision(models / "clip_vision" / "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors")
+    vision.with_suffix(".json").write_text(json.dumps(lookahead.CLIP_VISION_SIZES), encoding="utf-8")
     deltas = {f"unet.{name}": delta for name, delta in lookahead.make_encoder("sdxl", seed=1).lora.items()}
     (models / "loras").mkdir(parents=True, exist_ok=True)
     save_file(kohya_tensors(deltas, "sdxl"), models / "loras" / "lcm-lora-sdxl.safetensors")

@@ -15,6 +15,7 @@ LOOKAHEAD = [
     "lookahead_saved_identity",
     "lookahead_style_grid",
 ]
+ENCODER = ["lookahead_generate_identities", "lookahead_validate_encoder"]
 PERFUSION = ["perfusion_global_locking", "perfusion_two_concepts"]
 ROWS = {"lookahead_style_grid": 4, "perfusion_global_locking": 2}
 """How many pictures a workflow makes, where it is not one."""
@@ -42,7 +43,7 @@ def run_small(comfy_server, load_helper, shipped):
                 shipped.upload_pictures(client, graph)
                 result = client.run(graph)
                 assert result.status == "success", result.error
-                savers = shipped.nodes(graph, "SaveImage")
+                savers = {key: node for key, node in graph.items() if node["class_type"] == "SaveImage"}
                 pictures = {node["_meta"]["title"]: client.images(result, key) for key, node in savers.items()}
                 done[name] = graph, result, pictures
         return done[name]
@@ -55,11 +56,12 @@ def test_there_are_trainings_and_samplings(shipped):
         "dco_train_style",
         "dco_train_subject",
         "dvar_train_textual_inversion",
+        "lookahead_train_encoder",
         "perfusion_train_concept",
         "perfusion_train_with_masks",
     ]
-    samplings = ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, "perfusion_balance", *PERFUSION]
-    assert shipped.SAMPLINGS == samplings
+    samplings = ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, *ENCODER, "perfusion_balance", *PERFUSION]
+    assert shipped.SAMPLINGS == sorted(samplings)
 
 
 @pytest.mark.parametrize("name", ("dco_train_subject", "dco_train_style"))
@@ -128,6 +130,35 @@ def test_a_balance_is_shown(run_small, shipped):
     assert front.size == (768, 512)
     ((key, _),) = shipped.nodes(graph, "PersonalizePerfusionBalance").items()
     assert run.progress(key)
+
+
+def test_a_set_of_people_is_made_and_goes_on(run_small, shipped, comfy_server, client):
+    graph, run, _ = run_small("lookahead_generate_identities")
+    folder = comfy_server.base / "input" / "my_people"
+    ((saver, _),) = shipped.nodes(graph, "PersonalizeSaveIdentitySet").items()
+    assert len(run.outputs[saver]["images"]) == 4 and run.outputs[saver]["text"] == [
+        "my_people: 4 new, 4 pictures of 1 people"
+    ]
+    listed = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))
+    assert set(listed.values()) == {"Marta Quillon"}
+    assert all(name.startswith("Marta Quillon/vanilla/") for name in listed)
+    again = client.run(graph)
+    assert again.status == "success" and again.outputs[saver]["text"] == ["my_people: 4 new, 8 pictures of 1 people"]
+
+
+def test_an_encoder_is_trained_on_the_set_and_measured(run_small, shipped, comfy_server):
+    graph, run, pictures = run_small("lookahead_train_encoder")
+    ((key, _),) = shipped.nodes(graph, "PersonalizeTrainLookaheadEncoder").items()
+    assert [len(pictures[title]) for title in ("Loss curve", "Preview picture")] == [1, 1]
+    assert run.previews and run.progress(key)[-1] == (2, 2)
+    assert (comfy_server.base / "models" / "lookahead_encoders" / "my_encoder.safetensors").is_file()
+
+    graph, run, pictures = run_small("lookahead_validate_encoder")
+    assert len(pictures["Pictures"]) == 4 and len(pictures["Scores"]) == 1
+    ((key, _),) = shipped.nodes(graph, "PersonalizePersonalizationScores").items()
+    (table,) = run.outputs[key]["text"]
+    assert "CLIP-I" in table and "- face: choose a face_folder" in table
 
 
 @pytest.mark.parametrize("name", ("dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, *PERFUSION))
