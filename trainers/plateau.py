@@ -137,8 +137,8 @@ class _Checking:
         stop = self._stop
         if self.stopped:
             return (
-                f"CLIP plateau: in {stop.no_improvement} checks in a row, one every {self._every} steps, the "
-                f"similarity to the pictures did not rise by more than {stop.eps:g} above {stop.best:.3f}"
+                f"CLIP plateau: the similarity to the pictures did not rise by more than {stop.eps:g} above "
+                f"{stop.best:.3f}; checks in a row, {self._every} steps apart: {stop.no_improvement}"
             )
         # The first check can only set the mark.
         if total < (needed := (stop.patience + 2) * self._every):
@@ -148,8 +148,8 @@ class _Checking:
             )
         if stop.best is not None:
             return (
-                f"the CLIP plateau was not met: the similarity last rose to {stop.best:.3f}, {stop.no_improvement} "
-                "checks before the end"
+                f"the CLIP plateau was not met: the similarity last rose to {stop.best:.3f}; checks since "
+                f"then: {stop.no_improvement}"
             )
         return ""
 

@@ -48,7 +48,7 @@ def test_it_stops_a_training_and_shows_why(comfy, rule, dataset, tiny_checkpoint
     node = TrainDCO.PREPARE_CLASS_CLONE(None)
     output = node.execute(base=base, dataset=dataset, output_name="plateau", stopping=rule(**QUICK), **quick)
     _, curve, _, steps, summary = output.result
-    assert steps == 4 and "CLIP plateau: in 1 checks in a row, one every 2 steps" in summary
+    assert steps == 4 and "checks in a row, 2 steps apart: 1" in summary
     log = comfy.base / "output" / "personalize" / "plateau" / "log.jsonl"
     assert [line["step"] for line in map(json.loads, log.read_text().splitlines()) if "clip" in line] == [3, 4]
     assert curve.shape == (1, 720, 768, 3)  # with the similarities below the loss

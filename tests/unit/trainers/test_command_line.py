@@ -112,7 +112,7 @@ def test_a_rule_that_samples_pictures(config, tiny_clip, capsys):
     words = ["stopping.rule=clip", "stopping.patience=0", "stopping.eps=1.0", "stopping.every=1"]
     words += [f"stopping.pictures.clip={tiny_clip}", "stopping.pictures.count=1", "stopping.pictures.steps=1"]
     assert command_line.main(["dco", "--config", str(config), *words]) == 0
-    assert "2 steps (CLIP plateau: in 1 checks in a row, one every 1 steps" in capsys.readouterr().out
+    assert "2 steps (CLIP plateau: the similarity to the pictures did not rise" in capsys.readouterr().out
 
 
 def test_overrides_may_stand_anywhere(config):

@@ -88,8 +88,8 @@ def test_it_stops_at_the_check_that_meets_it_and_says_why(tmp_path):
     result = walk.train(tmp_path)
     assert (result.stopped_by, result.steps, walk.scores.seen) == ("rule", 12, [3, 6, 9, 12])
     assert (
-        "CLIP plateau: in 2 checks in a row, one every 3 steps, the similarity to the pictures did not rise by more "
-        "than 0.05 above 0.600"
+        "CLIP plateau: the similarity to the pictures did not rise by more than 0.05 above 0.600; checks in a row, "
+        "3 steps apart: 2"
     ) in result.summary
     assert result.criterion.values == [(3, 0.5), (6, 0.6), (9, 0.62), (12, 0.63)] and result.evaluations == []
     assert (result.criterion.label, result.criterion.stopped_at) == ("CLIP similarity", 12)
@@ -107,7 +107,7 @@ def test_the_last_weights_are_checked_too():
     walk = Walk([0.1, 0.9, 0.2])
     result = walk.train(steps=9)
     assert (result.stopped_by, walk.scores.seen) == ("steps", [3, 6, 9])
-    assert "the CLIP plateau was not met: the similarity last rose to 0.900, 1 checks before the end" in result.summary
+    assert "the CLIP plateau was not met: the similarity last rose to 0.900; checks since then: 1" in result.summary
 
 
 def test_the_best_weights_are_those_of_the_highest_similarity():

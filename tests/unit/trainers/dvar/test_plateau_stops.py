@@ -68,7 +68,7 @@ def test_it_stops_changes_nothing_and_resumes_exactly(method, train, rule):
     assert (stopped.train.stopped_by, stopped.train.steps) == ("rule", 6)
     assert [steps for steps, _ in stopped.train.criterion.values] == [2, 4, 6]
     assert len({value for _, value in stopped.train.criterion.values}) == 3  # the pictures follow the weights
-    assert "CLIP plateau: in 2 checks in a row" in stopped.train.summary
+    assert "checks in a row, 2 steps apart: 2" in stopped.train.summary
     assert equal(stopped, train(method, name="plain", steps=6))
     part = train(method, name="parts", steps=20, stopping=rule(), progress=CancelWhileSampling())
     assert (part.train.stopped_by, part.train.steps) == ("cancelled", 4)
