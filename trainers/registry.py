@@ -7,6 +7,7 @@ RECIPES = {
     "dreambooth": "dvar.dreambooth",
     "custom-diffusion": "dvar.custom_diffusion",
     "lookahead": "lookahead.train",
+    "lookahead-export": "lookahead.export",
     "perfusion": "perfusion.train",
     "perfusion-covariance": "perfusion.covariance",
 }
