@@ -1,6 +1,7 @@
 """The losses on the previewed picture, by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,6 @@ from .config import LookaheadConfig, LookaheadModels
 _VGG_SLICES = {"slice1": range(0, 4), "slice2": range(4, 9), "slice3": range(9, 16), "slice4": range(16, 23)}
 _VGG_SLICES["slice5"] = range(23, 30)
 """Where the package lpips keeps torchvision's layers."""
-_DREAMSIM_PARTS = (
-    "dino_vitb16_pretrain.pth",
-    "clip_vitb16_pretrain.pth.tar",
-    "open_clip_vitb16_pretrain.pth.tar",
-    "ensemble_lora",
-)
 _DREAMSIM_SIDE = 224
 
 
@@ -138,12 +133,8 @@ def _dreamsim(models: LookaheadModels, device: torch.device) -> Loss:
         raise MissingDependencyError(
             "the loss dreamsim needs the package dreamsim, which is not installed; install it, or leave the loss out"
         ) from error
-    # Where a file is missing, the package would download all of them.
-    if missing := [name for name in _DREAMSIM_PARTS if not (models.dreamsim / name).exists()]:
-        raise FormatError(
-            f"{models.dreamsim.name}: {missing[0]} is missing; give the folder of the unpacked ensemble checkpoint"
-        )
-    network, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(models.dreamsim))
+    with _without_downloads(models.dreamsim.name):
+        network, _ = dreamsim(pretrained=True, device=str(device), cache_dir=str(models.dreamsim))
     network = network.train(False).requires_grad_(False)
 
     def small(pictures: Tensor) -> Tensor:
@@ -151,3 +142,21 @@ def _dreamsim(models: LookaheadModels, device: torch.device) -> Loss:
         return F.interpolate((pictures + 1) / 2, side, mode="bicubic", antialias=True, align_corners=False)
 
     return lambda seen: network(small(seen.pictures), small(seen.references)).mean()
+
+
+@contextmanager
+def _without_downloads(name: str) -> Iterator[None]:
+    """Refuse what a package would download: which files it wants differs between its versions."""
+
+    def refuse(*_, **__):
+        raise FormatError(f"{name}: files are missing; give the folder of the unpacked ensemble checkpoint")
+
+    downloads = ("download_url_to_file", "load_state_dict_from_url", "load")
+    before = {function: getattr(torch.hub, function) for function in downloads}
+    try:
+        for function in downloads:
+            setattr(torch.hub, function, refuse)
+        yield
+    finally:
+        for function, own in before.items():
+            setattr(torch.hub, function, own)
