@@ -7,12 +7,14 @@ from .custom_diffusion import LoadCustomDiffusion
 from .dataset import PersonalizationDataset, TrainingPicture
 from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
 from .dvar import TrainCustomDiffusion, TrainDreamBoothLoRA, TrainTextualInversion
+from .export_lookahead import ExportLookaheadEncoder
 from .export_lora import ExportLoRA
 from .faces import FaceCropAndAlign
 from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveIdentity
 from .identity_set import IdentityPrompts, SaveIdentitySet
 from .initializers import ChooseInitializer
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
+from .merge_custom_diffusion import MergeCustomDiffusion
 from .perfusion import (
     ApplyPerfusion,
     KSamplerMultiConceptLocking,
@@ -50,9 +52,11 @@ NODES: list[type[io.ComfyNode]] = [
     TrainPerfusion,
     ExportLoRA,
     ConvertLookaheadCheckpoint,
+    ExportLookaheadEncoder,
     LoadDCOLoRA,
     LoadLearnedTokens,
     LoadCustomDiffusion,
+    MergeCustomDiffusion,
     RewardGuiderNode,
     KSamplerRewardGuidance,
     LoadLookaheadEncoder,

@@ -1,5 +1,6 @@
 """The node that trains a face encoder on a folder of people."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from comfy_api.latest import io
 from ..models.errors import ConfigError, DatasetError
 from ..trainers.layouts import is_inside
 from ..trainers.lookahead.config import LookaheadConfig, LookaheadModels, PictureTerm
-from ..trainers.lookahead.data import FaceDataSettings, FaceSet
+from ..trainers.lookahead.data import VALIDATION_PROMPTS, FaceDataSettings, FaceSet
 from . import _host, _sockets, _trainer
 from ._choices import first_refusal, known, known_settings
 from ._folders import ENCODERS, FACE_NETWORKS
@@ -25,6 +26,7 @@ _SETTINGS = (
     "lcm_full_chance", "lcm_min_scale", "crop", "optimizer", "lr_schedule", "warmup_steps", "weight_decay",
     "max_grad_norm", "seed", "save_precision", "preview_every", "checkpoint_every", "checkpoint_limit", "resume",
 )  # fmt: skip
+_LATER_SETTINGS = ("preview_people", "preview_steps", "evaluate_every", "keep")
 
 
 def _people_folders() -> list[str]:
@@ -43,6 +45,26 @@ def _people_path(name: str) -> Path:
     if not is_inside(path, root) or not path.is_dir():
         raise DatasetError(f"{name!r} is not a folder inside ComfyUI's input folder; choose one from the list")
     return path
+
+
+def _folder_version(name: str | None) -> str:
+    """What changes with any file of a folder of people; empty for none."""
+    if name in (None, "", NO_FILE):
+        return ""
+    hasher = hashlib.sha256()
+    try:
+        files = sorted(path for path in _people_path(name).rglob("*") if path.is_file())
+    except DatasetError:
+        return ""
+    for path in files:
+        hasher.update(_host.file_version(path).encode())
+    return hasher.hexdigest()
+
+
+def _people(folder: Path, **settings) -> FaceSet:
+    """The folder with its metadata, if it has any."""
+    metadata = folder / METADATA
+    return FaceSet(folder=folder, metadata=metadata if metadata.is_file() else None, **settings)
 
 
 def _file(name: str, kind: str, tooltip: str, *, needed: bool = True) -> io.Input:
@@ -124,8 +146,38 @@ class TrainLookaheadEncoder(io.ComfyNode):
                 _weight("identity_weight", 1e-3, "Weight of the face's likeness in the preview. 0 leaves it out."),
                 _weight("image_weight", 0.0, "Weight of the pixels' distance from the reference. 0 leaves it out."),
                 io.String.Input("output_name", default="my_encoder", tooltip="Name of the encoder file."),
-                *_trainer.widgets(LookaheadConfig, *_SETTINGS, preview_every=50),
+                *_trainer.widgets(LookaheadConfig, *_SETTINGS, preview_every=500),
                 _trainer.OVERWRITE,
+                io.Combo.Input(
+                    "validation_folder",
+                    options=[NO_FILE, *_people_folders()],
+                    default=NO_FILE,
+                    tooltip="People that are not trained on, laid out like people_folder, for previews and "
+                    "evaluations.",
+                ),
+                io.String.Input(
+                    "validation_prompts",
+                    default="\n".join(VALIDATION_PROMPTS),
+                    multiline=True,
+                    tooltip="What previews show people as, beside a prompt that is trained on; one per line.",
+                ),
+                io.Int.Input(
+                    "preview_people",
+                    default=2,
+                    min=1,
+                    max=16,
+                    tooltip="People that a preview shows, and as many of the validation folder.",
+                ),
+                *_trainer.widgets(LookaheadConfig, "preview_steps"),
+                io.Int.Input(
+                    "evaluate_every",
+                    default=250,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Steps between evaluations, always on the same pairs and timesteps, so that they tell "
+                    "progress where training losses do not; 0 makes none.",
+                ),
+                *_trainer.widgets(LookaheadConfig, "keep"),
             ],
             outputs=[
                 io.Custom("COMBO,STRING").Output(
@@ -139,25 +191,40 @@ class TrainLookaheadEncoder(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls, output_name=None, people_folder=None, precision=None, crop=None, optimizer=None, lr_schedule=None,
-        save_precision=None,
+        save_precision=None, keep=None, validation_folder=None,
     ) -> bool | str:  # fmt: skip
         chosen = {"precision": precision, "crop": crop, "optimizer": optimizer, "lr_schedule": lr_schedule}
-        chosen |= {"save_precision": save_precision}
+        chosen |= {"save_precision": save_precision, "keep": keep}
         return first_refusal(
             [
                 known("folder of people", people_folder, _people_folders()),
+                known("folder of people", validation_folder, [NO_FILE, *_people_folders()]),
                 _trainer.check_output_name(output_name),
                 known_settings(LookaheadConfig, **chosen),
             ]
         )
 
     @classmethod
+    def fingerprint_inputs(
+        cls, encoder_name=None, clip_vision_name=None, lcm_lora_name=None, preview_vae_name=None, face_network=None,
+        face_folder=None, people_folder=None, validation_folder=None, **_others,
+    ) -> str:  # fmt: skip
+        kinds = {
+            ENCODERS: encoder_name, "clip_vision": clip_vision_name, "loras": lcm_lora_name, "vae": preview_vae_name,
+            FACE_NETWORKS: face_network,
+        }  # fmt: skip
+        paths = [_host.find_model_file(kind, name) for kind, name in kinds.items() if name not in (None, NO_FILE)]
+        faces = face_model_folders().get(face_folder)
+        paths += sorted(faces.glob("*.onnx")) if faces else []
+        return "|".join([_host.file_version(*paths), *map(_folder_version, (people_folder, validation_folder))])
+
+    @classmethod
     def execute(
         cls, base, encoder_name, clip_vision_name, lcm_lora_name, preview_vae_name, face_network, face_folder,
         people_folder, prompt_in_filename, placeholder, prompt, only_vanilla_references, crop_heads, identity_weight,
-        image_weight, output_name, overwrite=False, **settings,
+        image_weight, output_name, overwrite=False, validation_folder=NO_FILE, validation_prompts="", **settings,
     ) -> io.NodeOutput:  # fmt: skip
-        unknown = settings.keys() - set(_SETTINGS)
+        unknown = settings.keys() - {*_SETTINGS, *_LATER_SETTINGS}
         if unknown:
             raise ConfigError(
                 f"unknown setting(s) {', '.join(sorted(unknown))} of Train Lookahead Encoder; remove them"
@@ -177,19 +244,21 @@ class TrainLookaheadEncoder(io.ComfyNode):
             face_network=path(FACE_NETWORKS, face_network),
             face_models=None if face_folder == NO_FILE else face_model_folders().get(face_folder),
         )
-        folder = _people_path(people_folder)
-        people = FaceSet(
-            folder=folder,
-            metadata=folder / METADATA if (folder / METADATA).is_file() else None,
-            prompt_in_filename=prompt_in_filename,
-            only_vanilla_references=only_vanilla_references,
-            placeholder=placeholder,
+        told = {"prompt_in_filename": prompt_in_filename, "placeholder": placeholder}
+        told["only_vanilla_references"] = only_vanilla_references
+        shown = validation_folder != NO_FILE
+        prompts = tuple(line.strip() for line in validation_prompts.splitlines() if line.strip())
+        people = FaceDataSettings(
+            sets=(_people(_people_path(people_folder), **told),),
+            crop_heads=crop_heads,
+            prompt=prompt,
+            validation=_people(_people_path(validation_folder), **told) if shown else None,
+            validation_prompts=prompts or VALIDATION_PROMPTS,
         )
         place = _trainer.output_place(output_name, overwrite, ENCODERS)
         from ..trainers.lookahead.train import train
 
         def run(**surroundings):
-            data = FaceDataSettings(sets=(people,), crop_heads=crop_heads, prompt=prompt).open()
-            return train(config, base, models, data, place, **surroundings)
+            return train(config, base, models, people.open(), place, **surroundings)
 
         return _trainer.run_training(cls, run)

@@ -34,6 +34,7 @@ HOST_LISTS = {
     "lcm_lora_name",
     "preview_vae_name",
     "people_folder",
+    "validation_folder",
     "names_file",
     "vanilla_prompts_file",
     "stylized_prompts_file",
