@@ -1,8 +1,10 @@
 """The CLIP plateau in trainings of the three methods: the same weights with and without it, exact resume, memory."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from comfyui_personalize.models.errors import ConfigError, FormatError
 from comfyui_personalize.trainers import likeness
@@ -114,7 +116,7 @@ def test_a_clip_that_is_not_there_is_refused_before_a_model_is_loaded(tiny, trai
     assert not (tiny.folder / "out").exists()
 
 
-def test_pictures_are_alike_by_the_mean_over_all_pairs(tiny, tiny_clip):
+def test_pictures_are_alike_by_the_mean_over_all_pairs(tiny, tiny_clip, tmp_path):
     from comfyui_personalize.trainers.scoring import load_clip_judge
 
     dataset = tiny.dataset()
@@ -122,3 +124,12 @@ def test_pictures_are_alike_by_the_mean_over_all_pairs(tiny, tiny_clip):
     rows = torch.nn.functional.normalize(load_clip_judge(tiny_clip).embed_images(pictures), dim=1)
     found = likeness.Likeness(tiny_clip, dataset, torch.device("cpu"))(pictures[:2])
     assert found == pytest.approx(float((rows[:2] @ rows.T).mean()), abs=1e-6)
+    # A single file of the image encoder, as the host keeps it, says the same; real sizes need no settings.
+    weights = load_file(tiny_clip / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "text" not in name}, tmp_path / "vision.safetensors")
+    settings = json.loads((tiny_clip / "config.json").read_text())
+    (tmp_path / "vision.json").write_text(
+        json.dumps(settings["vision_config"] | {"projection_dim": settings["projection_dim"]})
+    )
+    single = likeness.Likeness(tmp_path / "vision.safetensors", dataset, torch.device("cpu"))
+    assert single(pictures[:2]) == pytest.approx(found, abs=1e-5)
