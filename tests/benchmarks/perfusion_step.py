@@ -1,11 +1,25 @@
 """One denoising step with Perfusion concepts, in pairs with the plain model."""
 
+from dataclasses import dataclass
+
 import torch
 from pairs import Pair, time_pairs
 
 
-def measure(comfy, checkpoint, make_concept, counts: tuple[int, ...], side: int, rounds: int) -> dict[int, Pair]:
-    """Number of concepts -> seconds of a step with them and without; what is made once for a run is made before."""
+@dataclass(frozen=True)
+class Step:
+    """A step with concepts and one without."""
+
+    pair: Pair
+    """Seconds of both."""
+    rows: list[int]
+    """Of each UNet call with concepts."""
+    plain_rows: list[int]
+    """Of each without."""
+
+
+def measure(comfy, checkpoint, make_concept, counts: tuple[int, ...], side: int, rounds: int) -> dict[int, Step]:
+    """Number of concepts -> what a step costs with them; what is made once for a run is made before."""
     from comfyui_personalize.nodes.guiding import SigmaRange
     from comfyui_personalize.nodes.rank_one_edits import GatedConcept, attach
 
@@ -17,11 +31,11 @@ def measure(comfy, checkpoint, make_concept, counts: tuple[int, ...], side: int,
     encode = comfy.nodes.CLIPTextEncode().encode
     conds = encode(clip, "a cup on a table")[0], encode(clip, "")[0]
     latents = side // vae.downscale_ratio
-    found: dict[int, Pair] = {}
+    found: dict[int, Step] = {}
     for count in counts:
         edited = attach(model, concepts[:count], SigmaRange(0.0, 1.0))
         guiders = (_guider(comfy, one, conds) for one in (model, edited))
-        found[count] = _pair(comfy, *guiders, latents, rounds)
+        found[count] = _step(comfy, *guiders, latents, rounds)
     return found
 
 
@@ -32,7 +46,7 @@ def _guider(comfy, model, conds):
     return guider
 
 
-def _pair(comfy, plain, edited, side: int, rounds: int) -> Pair:
+def _step(comfy, plain, edited, side: int, rounds: int) -> Step:
     found = []
 
     class Probe(comfy.samplers.KSAMPLER):
@@ -52,7 +66,14 @@ def _pair(comfy, plain, edited, side: int, rounds: int) -> Pair:
             def without():
                 return plain.predict_noise(x, sigma, bare)
 
-            found.append(time_pairs(with_concepts, without, rounds))
+            rows: list[list[int]] = []
+            unet = wrap.inner_model.diffusion_model
+            hook = unet.register_forward_pre_hook(lambda _, arguments: rows[-1].append(len(arguments[0])))
+            for work in (with_concepts, without):
+                rows.append([])
+                work()
+            hook.remove()
+            found.append(Step(time_pairs(with_concepts, without, rounds), *rows))
             return latent_image
 
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))

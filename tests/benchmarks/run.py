@@ -168,9 +168,38 @@ def perfusion(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) 
     with torch.inference_mode():
         found = perfusion_step.measure(comfy, checkpoint, make_concept, (1, 2, 4), side, rounds)
     return [
-        f"| {count} | {pair.ours * 1e3:.1f} ms | {pair.theirs * 1e3:.1f} ms | **{1 / pair.ratio:.3f}** "
-        f"({1 / pair.spread[1]:.3f}–{1 / pair.spread[0]:.3f}) |"
-        for count, pair in found.items()
+        f"| {count} | {one.rows} | {one.plain_rows} | {one.pair.ours * 1e3:.1f} ms | {one.pair.theirs * 1e3:.1f} ms | "
+        f"**{1 / one.pair.ratio:.3f}** ({1 / one.pair.spread[1]:.3f}–{1 / one.pair.spread[0]:.3f}) |"
+        for count, one in found.items()
+    ]
+
+
+def perfusion_training(checkpoint: Path, side: int, rounds: int) -> list[str]:
+    """Table row: our Perfusion step against the authors' order of work."""
+    import perfusion_training as job
+    from pairs import time_pairs
+
+    ours, theirs = job.Ours(checkpoint, side), job.Authors(checkpoint, side)
+    work = []
+    for one in (ours, theirs):
+        one.step()
+        c = one.counter.counts
+        work.append(f"{c['unet_rows']} rows, {c['text_passes']} text passes, {c['vae_pictures']} VAE")
+    pair = time_pairs(ours.step, theirs.step, rounds)
+    return [
+        f"| {work[0]} | {work[1]} | {pair.ours * 1e3:.0f} ms | {pair.theirs * 1e3:.0f} ms | **{pair.ratio:.2f}** "
+        f"({pair.spread[0]:.2f}–{pair.spread[1]:.2f}) |"
+    ]
+
+
+def perfusion_files(folder: Path) -> list[str]:
+    """Table rows: the size of a concept's file at the models' true sizes."""
+    import perfusion_training as job
+
+    found = job.full_size_files(helper("tiny/checkpoints.py"), helper("tiny/full_size.py"), folder)
+    return [
+        f"| {family} | {' | '.join(f'{size / 1000:,.1f}' for size in sizes.values())} |"
+        for family, sizes in found.items()
     ]
 
 
@@ -247,9 +276,22 @@ def main() -> None:
                 "",
                 "### Perfusion concepts, one denoising step, batch 1",
                 "",
-                "| concepts | with them | plain model | time ratio |",
-                "| --- | --- | --- | --- |",
+                "| concepts | rows per UNet call | plain model | with concepts | plain model | time ratio |",
+                "| --- | --- | --- | --- | --- | --- |",
                 *perfusion(checkpoint, host, folder / "in-process", side * 2, rounds * 2),
+                "",
+                "### Perfusion training step, batch 4",
+                "",
+                "| work per step, ours | work per step, authors' | ours | authors' | speed ratio |",
+                "| --- | --- | --- | --- | --- |",
+                *perfusion_training(checkpoint, side, rounds),
+                "",
+                "A concept's file at the models' true sizes, in thousands of bytes; the authors' holds keys and values "
+                "of 77 positions and C⁻¹:",
+                "",
+                "| family | one output per layer, fp16 | the same in fp32 | one per position, fp16 | authors' |",
+                "| --- | --- | --- | --- | --- |",
+                *perfusion_files(folder),
                 "",
                 "### Starting ComfyUI",
                 "",
