@@ -260,8 +260,11 @@ def _lines(shipped: str, file: str, more: str) -> list[str]:
             texts.insert(0, path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{path.name} cannot be read; save it as UTF-8 text in the input folder") from error
-    lines = (" ".join(line.split()) for text in texts for line in text.splitlines())
-    return list({line.casefold(): line for line in lines if line}.values())
+    found: dict[str, str] = {}
+    for line in (" ".join(line.split()) for text in texts for line in text.splitlines()):
+        found.setdefault(line.casefold(), line)
+    found.pop("", None)
+    return list(found.values())
 
 
 def _text_path(name: str) -> Path:

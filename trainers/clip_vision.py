@@ -77,13 +77,9 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype, device: torch.device 
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     path = Path(path)
-    settings, told = None, path / "config.json" if path.is_dir() else path.with_suffix(".json")
-    if path.is_dir() or told.is_file():
-        try:
-            settings = json.loads(told.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FormatError(f"{path.name}: no {told.name} that can be read; give the folder image_encoder") from error
+    settings = None
     if path.is_dir():
+        settings = _settings(path / "config.json")
         files = [path / "model.safetensors", path / "pytorch_model.bin"]
         path = next((file for file in files if file.is_file()), files[0])
     if not path.is_file():
@@ -94,7 +90,7 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype, device: torch.device 
     names = [name for name in weights.shapes if name.startswith("vision_model.") and "position_ids" not in name]
     names += [name for name in weights.shapes if name == "visual_projection.weight"]
     try:
-        config = CLIPVisionConfig(**(settings or _sizes(weights.shapes, path.name)))
+        config = CLIPVisionConfig(**(settings or _sizes(weights.shapes, path)))
     except KeyError as error:
         raise FormatError(
             f"{path.name}: no CLIP-Vision model, {error.args[0]} is missing; give a file with transformers' names"
@@ -108,14 +104,26 @@ def load_clip_vision(path: str | Path, dtype: torch.dtype, device: torch.device 
     return ClipVision(module.to(device).train(False).requires_grad_(False), path.name)
 
 
-def _sizes(shapes: dict[str, tuple[int, ...]], name: str) -> dict[str, int | str]:
+def _settings(path: Path) -> dict[str, int | str]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{path.parent.name}: no {path.name} that can be read; give the folder image_encoder"
+        ) from error
+
+
+def _sizes(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, int | str]:
     embeddings = "vision_model.embeddings."
     width, _, _, patch = shapes[f"{embeddings}patch_embedding.weight"]
     positions, _ = shapes[f"{embeddings}position_embedding.weight"]
     if width not in _HEADS:
+        told = path.with_suffix(".json")
+        if told.is_file():
+            return _settings(told)
         raise IncompatibleModelError(
-            f"{name}: a CLIP-Vision model {width} wide, known are {sorted(_HEADS)}; put its config.json beside it "
-            f"as {Path(name).stem}.json"
+            f"{path.name}: a CLIP-Vision model {width} wide, known are {sorted(_HEADS)}; put its config.json beside it "
+            f"as {told.name}"
         )
     layers = [int(key.split(".")[3]) for key in shapes if key.startswith("vision_model.encoder.layers.")]
     return {
