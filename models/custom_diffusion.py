@@ -48,7 +48,7 @@ class CustomDiffusion:
         return {*self.weights, *self.changes}
 
     def weight(self, name: str, own: Tensor) -> Tensor:
-        """The changed weight, in the base's dtype, given the base's own."""
+        """The changed weight, in the dtype of the base's own."""
         if name in self.weights:
             return self.weights[name].to(own)
         change = self.changes[name]

@@ -47,6 +47,10 @@ _BOUNDS: dict[str, tuple[float, float, float]] = {
     "rank": (1, 1024, 1),
     "prior_loss_weight": (0.0, 100.0, 0.01),
     "rescale_variants": (0, 1024, 1),
+    "kept_share": (0.01, 1.0, 0.01),
+    "class_pictures": (0, 100_000, 1),
+    "class_steps": (1, 1000, 1),
+    "sam_rho": (0.0, 100.0, 0.01),
     "PerfusionConfig.beta": (-2.0, 4.0, 0.01),
     "tau": (0.001, 2.0, 0.001),
     "ema_decay": (0.0, 0.9999, 0.0001),
@@ -102,6 +106,12 @@ def widgets(config: type, *names: str, **defaults: Any) -> list[io.Input]:
                 extra = {"control_after_generate": False}
             made.append(number.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip, **extra))
     return made
+
+
+def optional(widget: io.Input) -> io.Input:
+    """The widget as one that prompts saved before there was one may leave out."""
+    widget.optional = True
+    return widget
 
 
 OUTPUT_NAME = io.String.Input(

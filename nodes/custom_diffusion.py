@@ -1,5 +1,6 @@
 """Custom Diffusion in the host: weights of cross-attention replaced by patches, on a clone."""
 
+import comfy.lora
 from comfy_api.latest import io
 
 from ..models.custom_diffusion import CustomDiffusion, read_custom_diffusion
@@ -13,25 +14,32 @@ from .unet_names import host_names
 
 
 def patched(model, changed: CustomDiffusion, strength: float, name: str):
-    """A clone whose keys and values go from the model's own, at strength 0, to the trained ones, at 1.
+    """A clone whose weights go from the model's own, at strength 0, to the trained ones, at 1.
 
     Raises:
         IncompatibleModelError: the UNet lacks a layer, or has it in another size.
     """
     names = host_names(model)
     own = {key.removeprefix("diffusion_model."): value for key, value in model.model_state_dict().items()}
-    patches = {}
-    for parameter, weight in changed.weights.items():
-        place = names.get(parameter.removesuffix(".weight"))
-        found = own.get(f"{place}.weight")
-        if found is None or found.shape != weight.shape:
+
+    def place(parameter: str, shape: tuple[int, ...]) -> str:
+        module, kind = parameter.rsplit(".", 1)
+        found = f"{names.get(module)}.{kind}"
+        if found not in own or tuple(own[found].shape) != shape:
             raise IncompatibleModelError(
-                f"{name}: {parameter} of size {tuple(weight.shape)} does not fit this model; load the checkpoint "
-                "family that it was trained on"
+                f"{name}: {parameter} of size {shape} does not fit this model; load the checkpoint family that it was "
+                "trained on"
             )
-        patches[f"diffusion_model.{place}.weight"] = ("diff", (weight,))
+        return f"diffusion_model.{found}"
+
+    whole = {place(key, tuple(weight.shape)): ("diff", (weight,)) for key, weight in changed.weights.items()}
+    factors, targets = {}, {}
+    for key, change in changed.changes.items():
+        targets[key] = place(key, (change.up.shape[0], change.down.shape[1]))
+        factors |= {f"{key}.lora_up.weight": change.up * change.scale, f"{key}.lora_down.weight": change.down}
     clone = model.clone()
-    clone.add_patches(patches, strength, 1.0 - strength)
+    clone.add_patches(whole, strength, 1.0 - strength)
+    clone.add_patches(comfy.lora.load_lora(factors, targets, log_missing=False), strength)
     return clone
 
 
@@ -45,7 +53,7 @@ class LoadCustomDiffusion(io.ComfyNode):
             display_name="Load Custom Diffusion",
             category="personalize/tokens",
             description="Replaces keys and values of a model's cross-attention by trained ones, and teaches the CLIP "
-            "the words trained with them. Reads the authors' delta.bin as well.",
+            "the words trained with them. Reads the authors' delta.bin as well, compressed or not.",
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint that it was trained on."),
                 io.Combo.Input(

@@ -6,6 +6,7 @@ RECIPES = {
     "textual-inversion": "dvar.textual_inversion",
     "dreambooth": "dvar.dreambooth",
     "custom-diffusion": "dvar.custom_diffusion",
+    "merge-custom-diffusion": "dvar.merge",
     "lookahead": "lookahead.train",
     "lookahead-export": "lookahead.export",
     "perfusion": "perfusion.train",

@@ -108,6 +108,46 @@ def test_a_custom_diffusion_loads_as_patches_on_a_clone(comfy, train, sampled):
         LoadCustomDiffusion.execute(comfy.load("sd15")[0], output.result[0], 1.0)
 
 
+@pytest.mark.parametrize("part", ["keys_values", "cross_attention"])
+def test_whole_and_compressed_files_give_the_same_pictures(part, comfy, train, sampled):
+    from comfyui_personalize.nodes.custom_diffusion import LoadCustomDiffusion
+    from comfyui_personalize.nodes.dvar import TrainCustomDiffusion
+
+    settings = {"learning_rate": 1e-2, "rescale_variants": 0, "save_precision": "fp32", "trained": part}
+    settings |= {"class_pictures": 1, "class_prompt": "a dog", "class_steps": 1}
+    model, clip, _ = comfy.load("sdxl")
+    pictures = []
+    for share in (1.0, 0.9999):
+        name = train(TrainCustomDiffusion, f"{part}_{share}", "sdxl", kept_share=share, **settings).result[0]
+        loaded = LoadCustomDiffusion.execute(model, name, 0.5, clip).result
+        pictures.append(sampled(loaded[0], loaded[1], "a <dog>"))
+    plain = sampled(model, loaded[1], "a <dog>")
+    change = (pictures[0] - plain).abs().max()
+    assert change > 0 and (pictures[0] - pictures[1]).abs().max() < 0.05 * change
+
+
+def test_merged_concepts_load_as_one(comfy, train, sampled, tiny_checkpoint):
+    from comfyui_personalize.nodes import _host
+    from comfyui_personalize.nodes.custom_diffusion import LoadCustomDiffusion
+    from comfyui_personalize.nodes.dvar import TrainCustomDiffusion
+    from comfyui_personalize.nodes.merge_custom_diffusion import MergeCustomDiffusion
+    from comfyui_personalize.trainers.base import open_base
+
+    settings = {"learning_rate": 1e-2, "rescale_variants": 0, "class_word": "dog"}
+    names = [train(TrainCustomDiffusion, f"part_{i}", seed=i, **settings).result[0] for i in range(2)]
+    assert MergeCustomDiffusion.validate_inputs(custom_name=names[0], custom_name_2=names[1]) is True
+    assert MergeCustomDiffusion.validate_inputs(custom_name_3="none.bin") is not True
+    base = open_base(tiny_checkpoint("sd15"), tokenizer=_host.tokenizer_folder())
+    node = MergeCustomDiffusion.PREPARE_CLASS_CLONE(None)
+    merged, tokens = node.execute(base, *names, output_name="both", captions="a cat\na house by the sea").result
+    assert (merged, tokens) == ("both.safetensors", "<dog>, <dog2>")
+    model, clip, _ = comfy.load("sd15")
+    loaded = LoadCustomDiffusion.execute(model, merged, 1.0, clip).result
+    assert loaded[2] == tokens
+    picture = sampled(loaded[0], loaded[1], "a <dog> and a <dog2>")
+    assert picture.isfinite().all() and not torch.equal(picture, sampled(model, loaded[1], "a <dog> and a <dog2>"))
+
+
 def test_settings_that_no_widget_has_are_refused(train):
     from comfyui_personalize.models.errors import ConfigError
     from comfyui_personalize.nodes.dvar import TrainTextualInversion
