@@ -14,6 +14,7 @@ from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveId
 from .identity_set import IdentityPrompts, SaveIdentitySet
 from .initializers import ChooseInitializer
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
+from .merge_custom_diffusion import MergeCustomDiffusion
 from .perfusion import (
     ApplyPerfusion,
     KSamplerMultiConceptLocking,
@@ -55,6 +56,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadDCOLoRA,
     LoadLearnedTokens,
     LoadCustomDiffusion,
+    MergeCustomDiffusion,
     RewardGuiderNode,
     KSamplerRewardGuidance,
     LoadLookaheadEncoder,
