@@ -13,6 +13,8 @@ from comfyui_personalize.trainers.stopping import DVAR
 class Recorded:
     """Evaluations as they were recorded, one after the other."""
 
+    measure, higher_is_better = "evaluation", False
+
     def __init__(self, losses):
         self.losses = iter(losses)
 
