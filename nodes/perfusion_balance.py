@@ -1,10 +1,15 @@
 """Which beta and tau to sample a Perfusion concept with: tried out, scored, and chosen by a rule."""
 
+from collections.abc import Sequence
+
 import comfy.samplers
 from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor
 
 from ..models.errors import ConfigError
 from ..models.perfusion.balance import BETAS, TAUS, balance_table, choose, read_values
+from ..trainers.dataset import Example
 from ..trainers.perfusion.balance_pictures import contact_sheet, front_chart
 from ..trainers.pictures import Picture
 from . import _host, _sockets
@@ -38,7 +43,6 @@ class PerfusionBalance(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Its text encoders."),
                 io.Vae.Input("vae", tooltip="Its VAE."),
                 _sockets.Concepts.Input("concepts", tooltip="From Load Perfusion Concept."),
-                io.Image.Input("references", tooltip="The pictures that the concept was trained on, as a batch."),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="Size of the pictures, and as batch size how many of each prompt; from Empty Latent Image.",
@@ -98,6 +102,12 @@ class PerfusionBalance(io.ComfyNode):
                     default=True,
                     tooltip="As you will sample: keys see the prompt with the superclass word in the concept's place.",
                 ),
+                _sockets.Pictures.Input(
+                    "pictures",
+                    optional=True,
+                    tooltip="What the concept was trained on: the last Training Picture of a chain.",
+                ),
+                io.Image.Input("references", optional=True, tooltip="The same as a batch, in place of a chain."),
             ],
             outputs=[
                 _sockets.Concepts.Output(display_name="concepts", tooltip="The same with the chosen gate."),
@@ -133,7 +143,6 @@ class PerfusionBalance(io.ComfyNode):
         clip,
         vae,
         concepts,
-        references,
         latent_image,
         number,
         prompts,
@@ -147,6 +156,8 @@ class PerfusionBalance(io.ComfyNode):
         sampler_name,
         scheduler,
         global_locking,
+        pictures=None,
+        references=None,
     ) -> io.NodeOutput:
         if clip_folder == NONE:
             raise ConfigError(_NO_CLIP)
@@ -160,8 +171,7 @@ class PerfusionBalance(io.ComfyNode):
                 f"{len(gates)} gates with {len(lines)} prompts and {each} pictures of each make {count} pictures, at "
                 f"most {_MOST} are possible; give fewer betas, taus or prompts, or a smaller batch"
             )
-        real = [Picture.from_tensor(one, f"reference {n}") for n, one in enumerate(_host.image_list([references]), 1)]
-        real = [picture.open().rgb for picture in real]
+        real = _real(pictures, references)
         with _host.short_paths():
             judge = chosen_folder(network_folders(JUDGES, "clip"), clip_folder)
         for gated in concepts:
@@ -204,3 +214,19 @@ def _readable(text: str | None, name: str, limits: tuple[float, float]) -> bool 
     except ConfigError as error:
         return str(error)
     return True
+
+
+def _real(pictures: Sequence[Example] | None, references: Tensor | None) -> list[Image.Image]:
+    """The concept's own pictures, from the one place that they are given in."""
+    if (pictures is None) == (references is None):
+        places = "no place" if pictures is None else "two places (pictures, references)"
+        raise ConfigError(
+            f"the concept's own pictures come from {places}; connect a chain of Training Picture, or references"
+        )
+    if references is None:
+        shown = [example.picture for example in pictures]
+    else:
+        shown = [Picture.from_tensor(one, f"reference {n}") for n, one in enumerate(_host.image_list([references]), 1)]
+    if not shown:
+        raise ConfigError("there are no pictures to compare with; connect at least one that the concept was trained on")
+    return [picture.open().rgb for picture in shown]

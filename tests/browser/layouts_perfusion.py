@@ -42,7 +42,7 @@ actions and poses follow the prompt more. Likeness may suffer a little.""",
     "perfusion_balance": """**Which beta and tau?**
 
 1. Put a CLIP (openai/clip-vit-large-patch14) into *models/scoring/clip-vit-large-patch14* and press R.
-2. Choose the checkpoint and the concept, and drop two of its training pictures.
+2. Choose the checkpoint and the concept, and drop its training pictures on the Training Picture nodes.
 3. Press Run: every pair of *betas* and *taus* is sampled and scored. The framed row of the contact sheet is the \
 most balanced one.
 4. Copy its *beta* and *tau* into Load Perfusion Concept.
@@ -62,9 +62,11 @@ LAYOUTS: dict[str, list[tuple[str, list[list[int]]]]] = {
         ("Result", [[6, 7]]),
     ],
     "perfusion_train_with_masks": [
-        ("Pictures and base model", [[1, 3], [2, 4], [5, 6, 7]]),
+        ("Pictures", [[1, 3], [2, 4]]),
+        ("Masks", [[5, 9, 10]]),
+        ("Dataset and base model", [[6, 7]]),
         ("Training", [[8]]),
-        ("Result", [[12, 11, NOTE], [9, 10]]),
+        ("Result", [[12, 11, NOTE]]),
     ],
     "perfusion_global_locking": [
         ("Model", [[1, 2, 3, NOTE]]),
@@ -73,8 +75,9 @@ LAYOUTS: dict[str, list[tuple[str, list[list[int]]]]] = {
         ("Result", [[10, 11, 12]]),
     ],
     "perfusion_balance": [
-        ("Model and pictures", [[1, 2, 6, NOTE], [3, 4, 5]]),
-        ("Sweep", [[7]]),
-        ("Result", [[8, 9], [10]]),
+        ("Model", [[1, 2, 7, NOTE]]),
+        ("Training pictures", [[3, 5], [4, 6]]),
+        ("Sweep", [[8]]),
+        ("Result", [[9, 10]]),
     ],
 }

@@ -124,6 +124,15 @@ def test_a_cancel_takes_effect_after_the_step_under_way(comfy, run, monkeypatch)
     assert reported == [(step, 16) for step in (1, 2, 3)]
 
 
+def test_a_chain_of_training_pictures_is_as_good_as_a_batch(run):
+    from comfyui_personalize.trainers.dataset import Example
+    from comfyui_personalize.trainers.pictures import Picture
+
+    references = torch.rand(2, 40, 64, 3)
+    chain = tuple(Example(Picture.from_tensor(one, "one"), "", "") for one in references)
+    assert run(references=None, pictures=chain, betas="0.5")[4] == run(references=references, betas="0.5")[4]
+
+
 def test_nothing_stays_on_the_model(run, scene):
     run(betas="0.5")
     gc.collect()
@@ -144,6 +153,10 @@ def test_nothing_stays_on_the_model(run, scene):
         ({"number": 3}, "concept 3 is to be tried out, 2 are loaded"),
         ({"clip_folder": "none"}, "there is nothing to score with"),
         ({"clip_folder": "gone"}, "there is no folder 'gone'"),
+        ({"references": None}, "the concept's own pictures come from no place"),
+        ({"pictures": ()}, "come from two places"),
+        ({"references": None, "pictures": ()}, "there are no pictures to compare with"),
+        ({"references": torch.zeros(0, 9, 9, 3)}, "there are no pictures to compare with"),
         ({"references": torch.full((1, 9, 9, 3), torch.nan)}, "reference 1 contains NaN"),
         ({"latent_image": {"samples": torch.zeros(200, 4, 8, 8)}}, "make 800 pictures, at most 512"),
         ({"latent_image": {"samples": torch.zeros(0, 4, 8, 8)}}, "make 0 pictures"),
