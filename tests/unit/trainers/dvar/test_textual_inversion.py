@@ -153,18 +153,21 @@ def test_the_file_reads_as_the_token(train):
     assert found.trigger == "<dog>" and set(found.rows) == {"clip_l"}
 
 
-def test_no_optimizer_state_at_full_size_but_for_the_rows():
-    table = torch.empty(49408, 1280, device="meta")
-    embedding = LearnedTokenEmbedding(table, torch.empty(2, 1280, device="meta"))
-    group = ParameterGroup("tokens", {"clip_g": embedding.learned}, 1e-3, 1e-2)
-    optimizer = make_optimizer(TextualInversionConfig(), [group], Ranks())
-    embedding(torch.zeros(1, 77, dtype=torch.long, device="meta")).sum().backward()
+@pytest.mark.parametrize("widths", [(768,), (1024,), (768, 1280)], ids=["sd15", "sd21", "sdxl"])
+def test_no_optimizer_state_at_full_size_but_for_the_rows(widths):
+    tables = [torch.empty(49408, width, device="meta") for width in widths]
+    embeddings = [LearnedTokenEmbedding(table, torch.empty(2, table.shape[1], device="meta")) for table in tables]
+    learned = {str(index): embedding.learned for index, embedding in enumerate(embeddings)}
+    optimizer = make_optimizer(TextualInversionConfig(), [ParameterGroup("tokens", learned, 1e-3, 1e-2)], Ranks())
+    for embedding in embeddings:
+        embedding(torch.zeros(1, 77, dtype=torch.long, device="meta")).sum().backward()
     optimizer.step()
-    assert embedding.weight.grad is None
+    assert all(embedding.weight.grad is None for embedding in embeddings)
+    assert all(embedding.weight.data_ptr() == table.data_ptr() for embedding, table in zip(embeddings, tables))
     kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    gradients = sum(p.grad.numel() for p in embedding.parameters() if p.grad is not None)
-    assert sum(value.numel() for value in kept) == 2 * 2 * 1280  # AdamW's two means
-    assert gradients == 2 * 1280
+    gradients = sum(p.grad.numel() for e in embeddings for p in e.parameters() if p.grad is not None)
+    assert sum(value.numel() for value in kept) == 2 * 2 * sum(widths)  # AdamW's two means
+    assert gradients == 2 * sum(widths)
 
 
 def test_what_it_cannot_train_is_refused(tiny, train):
@@ -172,6 +175,8 @@ def test_what_it_cannot_train_is_refused(tiny, train):
         train(dataset=tiny.dataset())
     with pytest.raises(ConfigError, match="leaves the model as it is, so that there is no class to preserve"):
         train(dataset=tiny.dataset(DOG, class_caption="a dog"))
+    with pytest.raises(ConfigError, match=r"<odd> starts from 'a red dog', which has \d tokens, and has 1 row"):
+        train(dataset=tiny.dataset(LearnedToken("<odd>", "a red dog")))
     train()
     with pytest.raises(ConfigError, match="exists already in embeddings"):
         train()
