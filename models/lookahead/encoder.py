@@ -14,6 +14,7 @@ from ..mapped import map_weights
 from . import authors_file, ip_adapter_file
 from .encoder_parts import KeyValueCopy, example, matrix_shape, read_parts
 from .resampler import Resampler
+from .word import PREFIX, WordHead
 
 FORMAT = "lookahead-encoder/1"
 
@@ -38,6 +39,8 @@ class LookaheadEncoder:
     name: str
     """File name, for messages."""
     metadata: dict[str, str]
+    word: WordHead | None = None
+    """Predicts a word for the person, where that was trained; only prompts with that word read it."""
 
     @property
     def trained(self) -> bool:
@@ -82,6 +85,8 @@ def encoder_tensors(encoder: LookaheadEncoder, dtype: torch.dtype = torch.float1
                 tensors |= {f"{stem}.down": copy.down, f"{stem}.up": copy.up * copy.scale}
             elif copy is not None:
                 tensors[f"{stem}.weight"] = copy
+    if encoder.word is not None:
+        tensors |= {f"{PREFIX}{key}": value for key, value in encoder.word.state_dict().items()}
     tensors = {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -132,7 +137,10 @@ def read_encoder(path: Path, blocks: Sequence[str] | None = None) -> LookaheadEn
             f"{path.name}: found {len(tensors)} tensors of something else{example(tensors)}; expected a lookahead "
             "encoder, the authors' model_ckpt.pt or an ip-adapter-plus file for SDXL"
         )
-    return LookaheadEncoder(*read_parts(tensors, path.name), path.name, metadata)
+    word = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
+    parts = read_parts({key: tensor for key, tensor in tensors.items() if key not in word}, path.name)
+    head = WordHead.from_tensors(word, path.name) if word else None
+    return LookaheadEncoder(*parts, path.name, metadata, head)
 
 
 def _said(shape: Sequence[int] | None) -> str:

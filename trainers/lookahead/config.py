@@ -86,6 +86,9 @@ class LookaheadConfig(TrainConfig):
     """Chance that a row has empty prompts."""
     adapter_scale: float = 1.0
     """Strength of the adapter, in both halves."""
+    predict_word: bool = False
+    """Also predict a word for the person, which prompts from file names contain where ``placeholder`` is
+    "{placeholder}". The previews of this training read it; other samplers take it for text."""
     lookahead_every: int = 1
     """Iterations from one that looks ahead to the next; 0 never looks ahead, and so is a plain face adapter."""
     lookahead_batch_size: int = 4

@@ -134,19 +134,27 @@ class IdentityAttention:
         """Keys and values of identity tokens, (batch, tokens, dim): the same in every step of a run."""
         return {block: (linear(tokens, k), linear(tokens, v)) for block, (k, v) in self._adapter.items()}
 
-    def encode(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> KeysValues:
+    def encode(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, *, middle: list[Tensor] | None = None
+    ) -> KeysValues:
         """Keys and values of a reference for self-attention, by a pass of the UNet under the encoder's LoRA.
 
         Args:
             noisy: the reference's latents, (batch, channels, height, width), noised for ``timesteps``.
+            middle: receives what the middle block returns, (batch, channels, height, width).
         """
         given = AttentionPass(copies=self._copies, captured={})
+        hook = None
+        if middle is not None:
+            hook = self.unet.mid_block.register_forward_hook(lambda module, inputs, output: middle.append(output))
         try:
             with self._running({ENCODER: 1.0}), _nothing_behind(self.unet, self._copies):
                 self._predict(given, noisy, timesteps, conditioning)
         finally:
             # What a recomputation captures is of no use, and a graph that holds its own result is never freed.
             captured, given.captured = given.captured, None
+            if hook is not None:
+                hook.remove()
         return captured
 
     def predict(

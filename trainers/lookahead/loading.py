@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ...models.errors import FormatError, IncompatibleModelError
 from ...models.faces import face_analyser
 from ...models.lookahead import Resampler
+from ...models.lookahead.word import WordHead
 from ...models.lora import LowRankDelta, parse_lora
 from ...models.schedules import NoiseSchedule
 from ..adapters import with_prefix_removed
@@ -26,6 +27,7 @@ from .identity_attention import IdentityAttention
 from .losses import Loss
 from .pictures import PictureReader
 from .starting import start_encoder
+from .words import WordPrompts
 
 
 class Told:
@@ -38,9 +40,12 @@ class Told:
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of some of them, a row each, on the device."""
-        told = self._embeds[[self._places[prompt] for prompt in prompts]].to(self._device)
+        return self.sized(self._embeds[[self._places[prompt] for prompt in prompts]].to(self._device))
+
+    def sized(self, told: PromptEmbeds) -> Conditioning:
+        """Conditioning of other encodings."""
         sizes = [self._side, self._side, 0, 0, self._side, self._side]
-        return Conditioning(told.embeds, told.pooled, torch.tensor([sizes] * len(prompts), device=self._device))
+        return Conditioning(told.embeds, told.pooled, torch.tensor([sizes] * len(told), device=self._device))
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,15 @@ class Loaded:
     told: Told
     losses: dict[str, tuple[float, Loss]]
     """On previews; empty where the training never looks ahead."""
+    head: WordHead | None
+    words: WordPrompts | None
+    """Predicts a word for the person, in float32, and reads it; None where that is not trained."""
+
+    def tell(self, prompts: Sequence[str]) -> Callable[[Tensor], Conditioning] | None:
+        """For denoise: these prompts with the word of the features' people; None where no word is predicted."""
+        if self.words is None:
+            return None
+        return lambda features: self.told.sized(self.words(prompts, self.head(features, self.words.widths)))
 
 
 def load(
@@ -89,6 +103,7 @@ def load(
     _next(progress, "encoding prompts")
     text = PromptEncoder(base.family, base.load_text_encoders(dtype, device), tokenizer)
     told = Told(prompts, text.encode_frozen(prompts), side, device)
+    words = WordPrompts(text, tokenizer) if config.predict_word else None
     del text
     free_memory(device)
     _next(progress, "loading the autoencoder and CLIP-Vision")
@@ -121,8 +136,13 @@ def load(
         unet.train()
     identity = IdentityAttention(unet, encoder, preview=deltas, trainable=True)
     resampler = encoder.resampler.to(device, torch.float32)
+    head = None
+    if words is not None:
+        features = unet.config.block_out_channels[-1]
+        head = encoder.word or WordHead.draw(features, sum(words.widths), generator)
+        head = head.to(device, torch.float32).requires_grad_(True)
     _next(progress, "training")
-    return Loaded(identity, resampler, reader, decoder, base.noise_schedule(), told, made)
+    return Loaded(identity, resampler, reader, decoder, base.noise_schedule(), told, made, head, words)
 
 
 def _next(progress: Progress, doing: str) -> None:

@@ -56,4 +56,5 @@ class Objective:
                 noisy_reference=config.noisy_reference,
                 adapter_scale=config.adapter_scale,
                 preview_scale=strength,
+                tell=loaded.tell(batch.prompts),
             )

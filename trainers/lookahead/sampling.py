@@ -39,7 +39,7 @@ class PersonSampler:
         side = rows.reference.shape[-1]
         start = torch.randn(1, LATENT_CHANNELS, side, side, generator=generator).to(self._device)
         with autocast(self._config.precision, self._device):
-            one = _Person(self._config, loaded, rows, loaded.told([prompt]), start)
+            one = _Person(self._config, loaded, rows, prompt, start)
             states = self._few(one, start, generator) if few_step else self._guided(one, start)
             for latents in states:  # noqa: B007
                 if self._progress.cancelled():
@@ -70,8 +70,9 @@ class PersonSampler:
 class _Person:
     """The predictions that guidance combines, of one reference and prompt."""
 
-    def __init__(self, config: LookaheadConfig, loaded: Loaded, rows: Rows, prompt: Conditioning, start: Tensor):
+    def __init__(self, config: LookaheadConfig, loaded: Loaded, rows: Rows, text: str, start: Tensor):
         self._config, self._loaded, self._rows, self._start = config, loaded, rows, start
+        prompt, self._tell = loaded.told([text]), loaded.tell([text])
         nothing = Conditioning(*map(torch.zeros_like, (prompt.embeds, prompt.pooled)), prompt.time_ids)
         self._prompts = {"uncond": nothing, "text": prompt}
         told = rows.reference_prompt
@@ -84,7 +85,7 @@ class _Person:
     def predictions(self, x: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """All rows of guidance by their names, float32."""
         found = {}
-        for kind in ("plain", "shared"):
+        for kind in ("shared", "plain"):  # the encoder's pass may tell the prompt
             predicted = self._predict(x, timestep, ("uncond", "text"), shared=kind == "shared").float().chunk(2)
             found |= {f"{kind}_{prompt}": row for prompt, row in zip(("uncond", "text"), predicted)}
         return found
@@ -104,7 +105,10 @@ class _Person:
             if self._config.noisy_reference:
                 seen = self._loaded.schedule.add_noise(seen, self._start, timesteps[:1])
             told = Conditioning.join(*(self._reference_prompts[prompt] for prompt in prompts))
-            reference = identity.encode(seen.expand(count, -1, -1, -1), timesteps, told)
+            middle: list[Tensor] = []
+            reference = identity.encode(seen.expand(count, -1, -1, -1), timesteps, told, middle=middle)
+            if self._tell is not None:
+                self._prompts["text"] = self._tell(middle[0][-1:])
         return identity.predict(
             x.expand(count, -1, -1, -1),
             timesteps,

@@ -69,6 +69,7 @@ def denoise(
     noisy_reference: bool = True,
     adapter_scale: float = 1.0,
     preview_scale: float = 0.0,
+    tell: Callable[[Tensor], Conditioning] | None = None,
 ) -> Denoised:
     """Encode the reference, and predict with its keys and values and the adapter's.
 
@@ -79,6 +80,8 @@ def denoise(
         dropped: rows whose adapter sees nobody, (batch,) of bool.
         noisy_reference: the encoder sees its picture as noisy as the target; else clean.
         preview_scale: strength of the LCM LoRA; 0 leaves it out.
+        tell: gives the prompts in place of the rows' own, from features of the encoder's middle block, (batch,
+            channels, height, width).
     """
     noisy = schedule.add_noise(rows.latents, rows.noise, timesteps)
     reference = schedule.add_noise(rows.reference, rows.noise, timesteps) if noisy_reference else rows.reference
@@ -87,14 +90,15 @@ def denoise(
     if dropped is not None and dropped.any():
         features = torch.where(dropped.to(features.device)[:, None, None], rows.nobody, features)
     tokens = resampler(features)
-    shared = identity.encode(reference, timesteps, rows.reference_prompt)
+    middle: list[Tensor] | None = None if tell is None else []
+    shared = identity.encode(reference, timesteps, rows.reference_prompt, middle=middle)
     if uniform is not None and kv_drop_chance:
         kept = {block: kept_tokens(uniform(block, k.shape[1]), kv_drop_chance) for block, (k, _) in shared.items()}
         shared = drop_tokens(shared, kept)
     prediction = identity.predict(
         noisy,
         timesteps,
-        rows.prompt,
+        rows.prompt if tell is None else tell(middle[0]),
         adapter=identity.adapter(tokens),
         adapter_scale=adapter_scale,
         reference=shared,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...models.errors import ConfigError, IncompatibleModelError
 from ...models.formats import describe, safe_name
 from ...models.lookahead.encoder import FORMAT, write_encoder
+from ...models.lookahead.word import PREFIX
 from ..base import TrainingBase, open_base
 from ..checkpoint import GeneratorState, check_states
 from ..config import build
@@ -26,7 +27,7 @@ from ..settings import pick_device
 from ..weights import Weights
 from .batch import Batches
 from .config import LookaheadConfig, LookaheadModels, LookaheadRun
-from .data import FaceData
+from .data import TARGET_WORD, FaceData
 from .evaluation import EvaluateEvery, LookaheadEvaluation
 from .iterations import Iterations
 from .loading import load
@@ -75,6 +76,11 @@ def train(
             f"lookahead_max_timestep is {config.lookahead_max_timestep}, the base has {base.schedule.timesteps} "
             "timesteps; lower it"
         )
+    if config.predict_word and not any(TARGET_WORD in prompt for prompt in data.prompts()):
+        raise ConfigError(
+            f"predict_word needs prompts with {TARGET_WORD}; read prompts from file names and set placeholder to "
+            '"{placeholder}"'
+        )
     files = (models.start, models.lcm_lora, models.face_network)
     digests = [Weights((path,), {}).digest() for path in files if path is not None]
     fingerprint = config.resume_fingerprint(
@@ -115,6 +121,8 @@ def train(
         for parameter in adapter.values():
             parameter.requires_grad_(False)
         adapter = {}
+    if loaded.head is not None:  # the authors leave it as it was drawn
+        own |= {f"{PREFIX}{name}": parameter for name, parameter in loaded.head.named_parameters()}
     objective, iterations = Objective(config, loaded, device), Iterations(config, data, generator, ranks)
     batches = [
         Batches(config, one, loaded.reader, loaded.told, ranks, device) for one in (data, data.validation) if one
@@ -139,6 +147,8 @@ def train(
         )  # fmt: skip
         precision = torch.float16 if config.save_precision == "fp16" else torch.float32
         learned = replace(loaded.identity.encoder, resampler=loaded.resampler, name=place.name)
+        if loaded.head is not None:
+            learned = replace(learned, word=loaded.head)
         path = write_encoder(place.lora_path, learned, about, dtype=precision, overwrite=place.overwrite or resumed)
         saved[:] = [path]
 

@@ -17,8 +17,8 @@ from .sampling import PersonSampler
 
 COLUMNS = ("encoder input", "target", "training prompt", "validation prompt")
 FEW_STEPS = ("training prompt, LCM", "validation prompt, LCM")
-CELL, LINE = 224, 17
-"""Pixels: side of a picture, and height of a line of text."""
+CELL, GAP, LINE = 224, 6, 17
+"""Pixels: side of a picture with the gap around it, that gap, and height of a line of text."""
 _LETTERS = 30
 _INK, _PAPER = (40, 44, 52), (255, 255, 255)
 
@@ -104,7 +104,8 @@ def draw_grid(
     for cells, texts, height in zip(rows, lines, heights, strict=True):
         for column, ((picture, _), words) in enumerate(zip(cells, texts, strict=True)):
             if picture is not None:
-                sheet.paste(picture.resize((side, side), Image.Resampling.BILINEAR), (side * column, top))
+                shown = picture.resize((side - GAP, side - GAP), Image.Resampling.BILINEAR)
+                sheet.paste(shown, (side * column + GAP // 2, top + GAP // 2))
             for number, line in enumerate(words):
                 place = (side * column + side // 2, top + side + LINE * number + LINE // 2)
                 draw.text(place, line, fill=_INK, font=font, anchor="mm")

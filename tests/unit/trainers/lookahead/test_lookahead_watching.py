@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from comfyui_personalize.models.errors import ConfigError
+from comfyui_personalize.trainers.lookahead import sampling
 from comfyui_personalize.trainers.lookahead.config import LookaheadConfig
 from comfyui_personalize.trainers.lookahead.data import FaceSet
 from comfyui_personalize.trainers.lookahead.evaluation import EvaluateEvery, LookaheadEvaluation
@@ -27,7 +28,8 @@ def strangers(people, tmp_path):
     return FaceSet(folder=folder, prompt_in_filename=True)
 
 
-def test_a_grid_has_a_row_for_each_person_and_changes_nothing(tiny, strangers):
+def test_a_grid_has_a_row_for_each_person_and_changes_nothing(tiny, strangers, monkeypatch):
+    monkeypatch.setattr(sampling, "LCM_STEPS", 2)
     data = tiny.data(drawn={"validation": strangers, "validation_prompts": ("a face on the moon",)})
     shown = tiny.train(data, steps=2, name="shown", **GRID)
     plain = tiny.train(data, steps=2, name="plain")
