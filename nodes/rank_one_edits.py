@@ -86,8 +86,7 @@ class RankOneEdits:
             return executor(x, *args, **kwargs)
         call = _Call(self, executor.class_obj, options, run or _Run(None))
         with ExitStack() as hooks:
-            for name, own in self.projections.items():
-                module = call.unet.get_submodule(own)
+            for name, module in call.modules():
                 before, after = call.hooks(name, module)
                 hooks.callback(module.register_forward_pre_hook(before).remove)
                 hooks.callback(module.register_forward_hook(after).remove)
@@ -104,29 +103,42 @@ class _Call:
         self.chunks = tuple(zip(options.get("cond_or_uncond") or [0] * len(ids), ids, strict=True))
         tags = options.get(_TAGS, {})
         self.superclass = [tags.get(chunk) for chunk in self.chunks]
-        # Patches of other nodes may change the context from step to step; without uuids nobody knows.
+        # Patches of other nodes may change the context from step to step and from layer to layer; without uuids nobody
+        # knows.
         patched = any(name.startswith("attn2") for name in options.get("patches", ()))
-        self.made = {} if patched or self.chunks[0][1] is None else run.made
-        self.scores: dict[bool, Scores] = {}
-        """Of the keys' input where it is the superclass prompt's (True), and of the prompt itself."""
+        self.kept = None if patched or self.chunks[0][1] is None else run.made
+        self.inputs: dict[bool, tuple[Tensor, Tensor, Scores]] = {}
+        """What was read, what it was edited to and what that took away, where it is the superclass prompt's (True) and
+        where it is the prompt itself: all layers read the same."""
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if self.kept is None:
+            return make()
         key = (self.edits, self.chunks, *key)
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """The projections by diffusers' names, looked up once for a run."""
+        key = (self.edits, "modules", self.unet)
+        if key not in self.run.made:
+            found = [(name, self.unet.get_submodule(own)) for name, own in self.edits.projections.items()]
+            self.run.made[key] = found
+        return self.run.made[key]
 
     def hooks(self, name: str, module: nn.Module) -> tuple[Callable, Callable]:
         """What runs before and after a projection."""
         locked = name.endswith(KEYS) and any(rows is not None for rows in self.superclass)
 
         def before(_module: nn.Module, args: tuple) -> tuple:
-            edited, self.scores[locked] = self._input(args[0], locked)
-            return (edited, *args[1:])
+            if locked not in self.inputs or self.inputs[locked][0] is not args[0]:
+                self.inputs[locked] = (args[0], *self._input(args[0], locked))
+            return (self.inputs[locked][1], *args[1:])
 
         def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
             key = ("output", name, tuple(output.shape), output.dtype, output.device)
-            return output + self._once(key, lambda: self._output(name, module, output, self.scores[locked]))
+            return output + self._once(key, lambda: self._output(name, module, output, self.inputs[locked][2]))
 
         return before, after
 
