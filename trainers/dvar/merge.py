@@ -22,7 +22,7 @@ from ...models.errors import ConfigError, DatasetError, IncompatibleModelError
 from ...models.formats import describe, refuse_taken
 from ...models.learned_embeddings import LearnedEmbedding
 from ...models.templates import ordinary_captions
-from ...models.tokens import LearnedToken, replace_triggers
+from ...models.tokens import LearnedToken, replace_triggers, split_prompt
 from ..base import TrainingBase, open_base
 from ..config import build
 from ..outcome import CANCELLED
@@ -60,7 +60,8 @@ def read_concept(path: Path, phrase: str = "") -> Concept:
 
     Raises:
         FormatError: it is no Custom Diffusion.
-        ConfigError: there is nothing to name it by, or more was trained than keys and values.
+        ConfigError: there is nothing to name it by, the phrase lacks its words, or more was trained than keys and
+            values.
     """
     changed = read_custom_diffusion(path)
     if others := [name for name in changed.names if not is_trained(name)]:
@@ -72,7 +73,11 @@ def read_concept(path: Path, phrase: str = "") -> Concept:
     words = " and ".join(f"{token.trigger} {config.get('class_word', '')}".strip() for token in changed.tokens)
     if not (phrase.strip() or words):
         raise ConfigError(f"{path.name} brings no word; write the phrase that names what it has learned, such as cat")
-    return Concept(path.name, changed, phrase.strip() or words, config.get("prompts") == "style")
+    phrase = phrase.strip() or words
+    triggers = [token.trigger for token in changed.tokens]
+    if triggers and not any(isinstance(piece, int) for piece in split_prompt(phrase, triggers)):
+        raise ConfigError(f"the phrase {phrase!r} lacks the word of {path.name}; write {' or '.join(triggers)} in it")
+    return Concept(path.name, changed, phrase, config.get("prompts") == "style")
 
 
 def _config(changed: CustomDiffusion) -> dict[str, Any]:

@@ -119,6 +119,8 @@ def test_bad_input_is_refused_and_leaves_no_file(tiny):
     more = write_custom_diffusion(tiny.folder / "more.safetensors", CustomDiffusion({name: torch.rand(4, 4)}), {})
     with pytest.raises(ConfigError, match="only keys and values can be merged"):
         read_concept(more, "dog")
+    with pytest.raises(ConfigError, match="the phrase 'cat' lacks the word of 0.safetensors; write <w0> in it"):
+        read_concept(tiny.folder / "0.safetensors", "cat")
     with pytest.raises(FormatError):
         read_concept(tiny.folder / "nothing.safetensors")
     empty = tiny.folder / "captions.txt"
