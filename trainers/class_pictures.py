@@ -76,7 +76,8 @@ class ClassPictures:
             Cancelled: in all processes, when the user cancelled.
             FormatError: the disk refuses.
         """
-        missing = [path for path in self.paths if not path.exists()][ranks.index :: ranks.count]
+        # Of all, not of the missing ones: another process may have begun to draw its own.
+        missing = [path for path in self.paths[ranks.index :: ranks.count] if not path.exists()]
         cancelled = False
         if missing:
             try:
