@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..models.formats import read_header, read_weights
@@ -14,7 +13,7 @@ from ..models.learned_embeddings import (
     read_learned_embeddings,
     tokens_of_lora,
 )
-from . import _host
+from . import _host, _sampling_inputs
 from ._choices import known
 from .guiding import sample_latent
 from .learned_tokens import teach
@@ -201,22 +200,9 @@ def _rescale_and_range() -> list[io.Input]:
             tooltip="Brings the contrast of the guided prediction back towards the base model's; try 0.7 when high "
             "scales burn the picture. 0 is off.",
         ),
-        io.Float.Input(
-            "start_percent",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            tooltip="Part of the denoising after which the reward term sets in. 0 is from the start.",
-        ),
-        io.Float.Input(
-            "end_percent",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            tooltip="Part of the denoising after which the reward term stops. Steps outside its range cost only two "
-            "thirds of the time.",
+        *_sampling_inputs.percents(
+            "the reward term sets in. 0 is from the start.",
+            "the reward term stops. Steps outside its range cost only two thirds of the time.",
         ),
     ]
 
@@ -288,15 +274,8 @@ class KSamplerRewardGuidance(io.ComfyNode):
             description="KSampler that guides by the text and, separately, by what the LoRA learned.",
             inputs=[
                 io.Model.Input("model", tooltip="A model with one or more LoRAs from Load DCO LoRA."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Random seed of the starting noise.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
+                _sampling_inputs.seed(),
+                _sampling_inputs.steps(20),
                 io.Float.Input(
                     "cfg",
                     default=7.5,
@@ -306,22 +285,9 @@ class KSamplerRewardGuidance(io.ComfyNode):
                     tooltip="Text scale: ordinary guidance by the base prompt. 1 leaves the negative prompt out.",
                 ),
                 _reward_scale(),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampling algorithm."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="How the noise level falls."
-                ),
+                *_sampling_inputs.algorithm(),
                 *_conditionings(),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise; its inpainting mask is respected."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Below 1 keeps part of the latent's structure, for image to image.",
-                ),
+                *_sampling_inputs.latent(),
                 *_rescale_and_range(),
                 *_second(),
             ],
@@ -330,8 +296,7 @@ class KSamplerRewardGuidance(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, sampler_name=None, scheduler=None) -> bool | str:
-        sampler = known("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS)
-        return sampler if sampler is not True else known("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS)
+        return _sampling_inputs.known_algorithm(sampler_name, scheduler)
 
     @classmethod
     def execute(

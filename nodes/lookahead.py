@@ -2,10 +2,9 @@
 
 from typing import get_args
 
-import comfy.samplers
 from comfy_api.latest import io
 
-from . import _sockets
+from . import _sampling_inputs, _sockets
 from ._choices import first_refusal, known
 from .guiding import sample_latent
 from .lookahead_guider import LookaheadGuider, Mode, ReferenceNoise
@@ -31,8 +30,8 @@ def _scale(name: str, default: float, tooltip: str) -> io.Input:
     return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, tooltip=tooltip)
 
 
-def _part(name: str, default: float, tooltip: str, largest: float = 1.0, step: float = 0.001) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=largest, step=step, tooltip=tooltip)
+def _part(name: str, default: float, tooltip: str, largest: float = 1.0) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=largest, step=0.01, tooltip=tooltip)
 
 
 def _settings() -> list[io.Input]:
@@ -49,12 +48,13 @@ def _settings() -> list[io.Input]:
                "the text scale."),
         _scale("identity_scale", 2.0, "Guidance by the reference without the prompt. Higher is more alike and less "
                "free."),
-        _part("adapter_scale", 1.0, "How strongly the identity's tokens act in cross-attention. 0 is off.", 3.0, 0.01),
+        _part("adapter_scale", 1.0, "How strongly the identity's tokens act in cross-attention. 0 is off.", 3.0),
         _part("sharing_strength", 1.0, "How much attention sees of the reference: 1 as trained, 0 is off and costs "
-              "nothing.", 3.0, 0.01),
-        _part("start_percent", 0.0, "Part of the denoising after which attention is shared. 0 is from the start."),
-        _part("end_percent", 1.0, "Part of the denoising after which attention is no longer shared. Steps outside the "
-              "range cost a third."),
+              "nothing.", 3.0),
+        *_sampling_inputs.percents(
+            "attention is shared. 0 is from the start.",
+            "attention is no longer shared. Steps outside the range cost a third.",
+        ),
         io.Combo.Input(
             "reference_noise",
             options=list(get_args(ReferenceNoise)),
@@ -68,7 +68,7 @@ def _settings() -> list[io.Input]:
             tooltip="For LCM and other models distilled to a few steps: one prediction and no guidance.",
         ),
         _part("rescale", 0.0, "Brings the contrast of the guided prediction back towards the text's; try 0.7 when high "
-              "scales burn the picture. 0 is off.", 1.0, 0.01),
+              "scales burn the picture. 0 is off."),
     ]  # fmt: skip
 
 
@@ -124,36 +124,10 @@ class KSamplerLookahead(io.ComfyNode):
             description="KSampler that gives a picture the identity of a face.",
             inputs=[
                 *_sockets_of_a_person(),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Random seed of the starting noise.",
-                ),
-                io.Int.Input("steps", default=30, min=1, max=10000, tooltip="Number of denoising steps."),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="dpmpp_2m",
-                    tooltip="The sampling algorithm. dpmpp_2m is the authors'.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="sgm_uniform",
-                    tooltip="How the noise level falls.",
-                ),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise; its inpainting mask is respected."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Below 1 keeps part of the latent's structure, for image to image.",
-                ),
+                _sampling_inputs.seed(),
+                _sampling_inputs.steps(30),
+                *_sampling_inputs.algorithm("dpmpp_2m", "sgm_uniform", " dpmpp_2m is the authors'."),
+                *_sampling_inputs.latent(),
                 *_settings(),
                 *_optional(),
             ],
@@ -163,11 +137,7 @@ class KSamplerLookahead(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, mode=None, reference_noise=None, sampler_name=None, scheduler=None) -> bool | str:
         return first_refusal(
-            (
-                _known_choices(mode, reference_noise),
-                known("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
-                known("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
-            )
+            (_known_choices(mode, reference_noise), _sampling_inputs.known_algorithm(sampler_name, scheduler))
         )
 
     @classmethod

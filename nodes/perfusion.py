@@ -4,8 +4,8 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..models.perfusion import edm_sigmas, read_concept
-from . import _host, _sockets
-from ._choices import first_refusal, known
+from . import _host, _sampling_inputs, _sockets
+from ._choices import known
 from ._folders import CONCEPTS
 from .guiding import SigmaRange, sample_latent
 from .learned_tokens import teach
@@ -113,24 +113,7 @@ class ApplyPerfusion(io.ComfyNode):
 
 
 def _range() -> list[io.Input]:
-    return [
-        io.Float.Input(
-            "start_percent",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            tooltip="Part of the denoising after which the concepts set in. 0 is from the start.",
-        ),
-        io.Float.Input(
-            "end_percent",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            tooltip="Part of the denoising after which the concepts stop.",
-        ),
-    ]
+    return _sampling_inputs.percents("the concepts set in. 0 is from the start.", "the concepts stop.")
 
 
 def _applied(model, clip, concepts, start_percent: float, end_percent: float):
@@ -173,7 +156,6 @@ class KSamplerMultiConceptLocking(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        samplers = comfy.samplers.KSampler
         return io.Schema(
             node_id="PersonalizeKSamplerMultiConceptLocking",
             display_name="KSampler (Multi-Concept Locking)",
@@ -196,15 +178,8 @@ class KSamplerMultiConceptLocking(io.ComfyNode):
                     default="",
                     tooltip="What the picture should not show.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Random seed of the starting noise.",
-                ),
-                io.Int.Input("steps", default=30, min=1, max=10000, tooltip="Number of denoising steps."),
+                _sampling_inputs.seed(),
+                _sampling_inputs.steps(30),
                 io.Float.Input(
                     "cfg",
                     default=6.0,
@@ -213,17 +188,8 @@ class KSamplerMultiConceptLocking(io.ComfyNode):
                     step=0.1,
                     tooltip="Guidance by the prompt; 6 is the authors'.",
                 ),
-                io.Combo.Input("sampler_name", options=samplers.SAMPLERS, tooltip="The sampling algorithm."),
-                io.Combo.Input("scheduler", options=samplers.SCHEDULERS, tooltip="How the noise level falls."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise; its inpainting mask is respected."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Below 1 keeps part of the latent's structure, for image to image.",
-                ),
+                *_sampling_inputs.algorithm(),
+                *_sampling_inputs.latent(),
                 io.Boolean.Input("global_locking", default=True, tooltip=GLOBAL_LOCKING),
                 *_range(),
             ],
@@ -232,12 +198,7 @@ class KSamplerMultiConceptLocking(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, sampler_name=None, scheduler=None) -> bool | str:
-        return first_refusal(
-            (
-                known("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
-                known("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
-            )
-        )
+        return _sampling_inputs.known_algorithm(sampler_name, scheduler)
 
     @classmethod
     def execute(
