@@ -9,6 +9,7 @@ from PIL import Image
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "workflows").glob("*.json"))
 STAND_INS = (
     ("checkpoints", "sd_xl_base_1.0.safetensors"),
+    ("checkpoints", "sd_xl_turbo_1.0_fp16.safetensors"),
     ("checkpoints", "v1-5-pruned-emaonly.safetensors"),
     ("loras", "my_dog.safetensors"),
     ("loras", "my_style.safetensors"),
@@ -16,6 +17,9 @@ STAND_INS = (
     ("perfusion_covariances", "C_inv.npy"),
     ("perfusion_concepts", "my_teddy.safetensors"),
     ("perfusion_concepts", "my_cat.safetensors"),
+    ("lookahead_encoders", "my_encoder.safetensors"),
+    ("arcface", "model_ir_se50.pth"),
+    ("insightface/buffalo_l", "det_10g.onnx"),
 )
 """Kinds and names of files that are only chosen from lists."""
 FILES_TO_CHOOSE = {"ckpt_name", "lora_name", "encoder_name", "clip_name", "identity_name", "image"} | {
@@ -23,6 +27,11 @@ FILES_TO_CHOOSE = {"ckpt_name", "lora_name", "encoder_name", "clip_name", "ident
     "concept_name",
     "clip_folder",
     "clipseg_folder",
+    "clip_vision_name",
+    "lcm_lora_name",
+    "face_network",
+    "face_folder",
+    "people_folder",
 }
 EXTENSION = "comfyui-personalize"
 BOXES = """() => app.graph._nodes.map(node => ({
@@ -56,6 +65,7 @@ def files(comfy_server, shipped, tiny_checkpoint, load_helper):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.symlink_to(tiny_checkpoint("sdxl"))
+    (comfy_server.base / "input" / "my_people").mkdir(parents=True, exist_ok=True)
     shipped.write_models(models, load_helper("tiny/lookahead.py"))
     shipped.write_networks(models, load_helper("tiny/judges.py"))
     with load_helper("host/client.py").Client(comfy_server.url) as client:
@@ -166,3 +176,16 @@ def test_what_one_workflow_saves_another_reads(
         frontend.screenshot(tmp_path / f"{name}_done.png")
         assert frontend.node_errors() == {"marked": [], "refused": {}}
         assert frontend.console_errors == []
+
+
+def test_a_set_of_people_grows_with_every_run(files, frontend, shipped, comfy_server, tmp_path):
+    frontend.load(shipped.ui("lookahead_generate_identities"))
+    frontend.page.evaluate(PUT, shipped.SMALL)
+    for pictures in (4, 8):
+        run = frontend.queue()
+        assert run["status"] == "success", run
+        frontend.page.wait_for_function(PICTURED, arg=["Save Identity Set"], timeout=20_000)
+        assert len(list((comfy_server.base / "input" / "my_people").rglob("*.jpg"))) == pictures
+    frontend.screenshot(tmp_path / "people.png")
+    assert frontend.node_errors() == {"marked": [], "refused": {}}
+    assert frontend.console_errors == []
