@@ -1,5 +1,6 @@
 """The shipped workflows run over HTTP on a tiny SDXL: some train or save, and others sample with what they left."""
 
+import copy
 import itertools
 import json
 
@@ -133,7 +134,7 @@ def test_a_balance_is_shown(run_small, shipped):
 
 
 def test_a_set_of_people_is_made_and_goes_on(run_small, shipped, comfy_server, client):
-    graph, run, _ = run_small("lookahead_generate_identities")
+    graph, run, _ = copy.deepcopy(run_small("lookahead_generate_identities"))
     folder = comfy_server.base / "input" / "my_people"
     ((saver, _),) = shipped.nodes(graph, "PersonalizeSaveIdentitySet").items()
     assert len(run.outputs[saver]["images"]) == 4 and run.outputs[saver]["text"] == [
@@ -145,6 +146,12 @@ def test_a_set_of_people_is_made_and_goes_on(run_small, shipped, comfy_server, c
     assert all(name.startswith("Marta Quillon/vanilla/") for name in listed)
     again = client.run(graph)
     assert again.status == "success" and again.outputs[saver]["text"] == ["my_people: 4 new, 8 pictures of 1 people"]
+
+    ((planner, _),) = shipped.nodes(graph, "PersonalizeIdentityPrompts").items()
+    one = {"names_file": "(none)", "names": "Marta Quillon", "vanilla_prompts_file": "(none)", "stylized_pictures": 0}
+    graph[planner]["inputs"] |= one | {"vanilla_prompts": "A photo of conceptname"}
+    nothing_left = client.run(graph)
+    assert nothing_left.status == "success" and saver not in nothing_left.outputs
 
 
 def test_an_encoder_is_trained_on_the_set_and_measured(run_small, shipped, comfy_server):
