@@ -4,9 +4,17 @@ An input that ``validate_inputs`` names is checked there alone; a value that arr
 """
 
 from collections.abc import Iterable
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from ..trainers.config import TrainConfig
+
+
+def single(values: Any) -> Any:
+    """The one value of an input of a node that takes lists, or None.
+
+    It arrives in a list; before the execution that of a link, which nobody knows yet, in a tuple.
+    """
+    return next(iter(values), None) if isinstance(values, list | tuple) else values
 
 
 def known(kind: str, name: str | None, names: Iterable[str]) -> bool | str:

@@ -12,6 +12,7 @@ from ..trainers.dataset import Dataset, Example
 from ..trainers.layouts import is_inside
 from ..trainers.pictures import Picture
 from . import _host, _sockets
+from ._choices import single
 
 NO_FOLDER = "(none)"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -233,7 +234,7 @@ class PersonalizationDataset(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, folder=None, class_folder=None) -> bool | str:
         try:
-            for name in _single(folder), _single(class_folder):
+            for name in single(folder), single(class_folder):
                 if name not in (None, "", NO_FOLDER):
                     _folder_path(str(name))
         except DatasetError as error:
@@ -242,7 +243,7 @@ class PersonalizationDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder=None, class_folder=None, **_others) -> str:
-        return "|".join(_folder_version(_single(name)) for name in (folder, class_folder))
+        return "|".join(_folder_version(single(name)) for name in (folder, class_folder))
 
     @classmethod
     def execute(
@@ -304,11 +305,6 @@ class PersonalizationDataset(io.ComfyNode):
             if class_folder != NO_FOLDER:
                 dataset = dataset.with_class_folder(_folder_path(class_folder), class_caption[0].strip() or None)
             return io.NodeOutput(dataset, dataset.preview(_THUMBNAIL))
-
-
-def _single(value: list[str] | str | None) -> str | None:
-    """A widget's value as the checks before execution get it: in a list, since the node takes lists."""
-    return next(iter(value), None) if isinstance(value, list) else value
 
 
 def _lines(values: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from ..models.formats import safe_name
 from ..trainers.lookahead.identity_set import METADATA, SEEDS, IdentitySet, Portrait, portraits
 from ..trainers.pictures import Picture
 from . import _host, _trainer
-from ._choices import first_refusal, known
+from ._choices import first_refusal, known, single
 
 SHIPPED, NO_FILE = "shipped", "(none)"
 LISTS = Path(__file__).resolve().parents[1] / "workflows" / "identity_set"
@@ -177,11 +177,11 @@ class SaveIdentitySet(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, set_name=None) -> bool | str:
-        return _trainer.check_output_name(_single(set_name))
+        return _trainer.check_output_name(single(set_name))
 
     @classmethod
     def fingerprint_inputs(cls, set_name=None, **_others) -> str:
-        name = _single(set_name)
+        name = single(set_name)
         known_name = name is not None and _trainer.check_output_name(name) is True
         return _host.file_version(_set_folder(name) / METADATA) if known_name else ""
 
@@ -272,8 +272,3 @@ def _text_path(name: str) -> Path:
     if name not in _text_files():
         raise DatasetError(f"{name!r} is not a text file in ComfyUI's input folder; choose one from the list")
     return Path(folder_paths.get_input_directory()) / name
-
-
-def _single(values: list | tuple | str | None) -> str | None:
-    """A widget's value as the checks before execution get it: in a list or tuple, since the node takes lists."""
-    return next(iter(values), None) if isinstance(values, list | tuple) else values

@@ -9,7 +9,7 @@ from ..trainers.network_folders import folder_files
 from ..trainers.pictures import Picture
 from ..trainers.plots import score_chart
 from . import _host
-from ._choices import first_refusal, known
+from ._choices import first_refusal, known, single
 from ._folders import JUDGES
 from ._network_folders import NONE, chosen_folder, network_folders
 from .faces import face_model_folders
@@ -98,25 +98,25 @@ class PersonalizationScores(io.ComfyNode):
     def validate_inputs(cls, clip_folder=None, dino_folder=None, face_folder=None) -> bool | str:
         return first_refusal(
             [
-                known("CLIP folder", _single(clip_folder), [NONE, *network_folders(JUDGES, "clip")]),
-                known("DINO folder", _single(dino_folder), [NONE, *network_folders(JUDGES, "dino")]),
-                known("folder of face models", _single(face_folder), [NONE, *face_model_folders()]),
+                known("CLIP folder", single(clip_folder), [NONE, *network_folders(JUDGES, "clip")]),
+                known("DINO folder", single(dino_folder), [NONE, *network_folders(JUDGES, "dino")]),
+                known("folder of face models", single(face_folder), [NONE, *face_model_folders()]),
             ]
         )
 
     @classmethod
     def fingerprint_inputs(cls, clip_folder=None, dino_folder=None, face_folder=None, **_others) -> str:
         judges = network_folders(JUDGES, "clip") | network_folders(JUDGES, "dino")
-        files = [folder_files(judges[name]) for one in (clip_folder, dino_folder) if (name := _single(one)) in judges]
-        faces = face_model_folders().get(_single(face_folder))
+        files = [folder_files(judges[name]) for one in (clip_folder, dino_folder) if (name := single(one)) in judges]
+        faces = face_model_folders().get(single(face_folder))
         return _host.file_version(*(path for some in files for path in some), *(network_files(faces) if faces else ()))
 
     @classmethod
     def execute(
         cls, images, references, prompts, clip_folder, dino_folder, face_folder, clip_vision=None, clip=None
     ) -> io.NodeOutput:
-        clip_folder, dino_folder, face_folder = (_single(one) for one in (clip_folder, dino_folder, face_folder))
-        clip_vision, clip = _single(clip_vision), _single(clip)
+        clip_folder, dino_folder, face_folder = (single(one) for one in (clip_folder, dino_folder, face_folder))
+        clip_vision, clip = single(clip_vision), single(clip)
         _check_choice(clip_folder, dino_folder, face_folder, clip_vision, clip)
         measures = []
         with _host.short_paths():
@@ -181,11 +181,6 @@ def _sitting(node_id: str | None, images: list, references: list, prompts: list[
         progress.raise_if_cancelled()
 
     return Sitting(made, real, prompts, advance)
-
-
-def _single(values):
-    """The one value of an input as it arrives, in a list, since the node takes lists; None where there is none."""
-    return next(iter(values), None) if isinstance(values, list) else values
 
 
 def _lines(values: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from ..models.errors import ConfigError
 from ..trainers.dataset import Example
 from ..trainers.pictures import Picture
 from . import _host, _sockets
-from ._choices import known
+from ._choices import known, single
 from ._folders import SEGMENTERS
 from ._network_folders import NONE, chosen_folder, folder_version, network_folders
 
@@ -69,12 +69,12 @@ class SoftSubjectMasks(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clipseg_folder=None) -> bool | str:
-        name = next(iter(clipseg_folder), None) if isinstance(clipseg_folder, list) else clipseg_folder
+        name = single(clipseg_folder)
         return _NO_FOLDER if name == NONE else known("CLIPSeg folder", name, network_folders(SEGMENTERS, "clipseg"))
 
     @classmethod
     def fingerprint_inputs(cls, clipseg_folder=None, **_others) -> str:
-        name = next(iter(clipseg_folder), None) if isinstance(clipseg_folder, list) else clipseg_folder
+        name = single(clipseg_folder)
         return folder_version(network_folders(SEGMENTERS, "clipseg").get(name))
 
     @classmethod

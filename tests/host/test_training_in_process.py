@@ -155,3 +155,15 @@ def test_linked_values_lead_nowhere_else(comfy, load_helper):
         with pytest.raises(DatasetError, match="is not a folder inside ComfyUI's input folder"):
             PersonalizationDataset.execute(folder=[folder], class_folder=["(none)"], **widgets)
         assert PersonalizationDataset.fingerprint_inputs([folder], [folder]) == "|"
+
+
+def test_linked_folders_are_known_when_the_node_runs(comfy):
+    from comfyui_personalize.nodes.dataset import PersonalizationDataset
+    from comfyui_personalize.nodes.scores import PersonalizationScores
+    from comfyui_personalize.nodes.subject_masks import SoftSubjectMasks
+
+    link = (None,)  # what the host hands to the checks of a node that takes lists
+    assert PersonalizationDataset.validate_inputs(link, link) is True
+    assert PersonalizationScores.validate_inputs(link, link, link) is True
+    assert SoftSubjectMasks.validate_inputs(link) is True
+    assert PersonalizationDataset.fingerprint_inputs(link, link) == "|"

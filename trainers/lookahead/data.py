@@ -287,8 +287,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise DatasetError(f"{path}: expected one JSON table, file name -> identity")
     for name in values:
         place = PurePosixPath(name.replace("\\", "/"))
-        if place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
-            raise DatasetError(f"{path}: {name!r} leads out of the folder; give paths below it")
+        if not place.parts or place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
+            raise DatasetError(f"{path}: {name!r} leads out of the folder or names no file; give paths below it")
     return {name.replace("\\", "/"): str(value) for name, value in values.items()}
 
 

@@ -124,6 +124,7 @@ def test_a_full_disk_leaves_a_set_that_goes_on(tmp_path, monkeypatch):
         (METADATA, '{"images": ["a.jpg"], "prompts": ["a dog"]}', "expected one JSON table.*choose another name"),
         (METADATA, '[{"file_name": "a.jpg", "text": "a dog"}]', "expected one JSON table.*choose another name"),
         (METADATA, '{"../a.jpg": "Ann"}', "leads out of the folder.*choose another name"),
+        (METADATA, '{"": "Ann"}', "names no file.*choose another name"),
         (METADATA, "{", "cannot be read.*choose another name"),
         ("dog.jpg", "", "found files and no metadata.json.*choose another name"),
     ],
