@@ -14,6 +14,7 @@ from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveId
 from .identity_set import IdentityPrompts, SaveIdentitySet
 from .initializers import ChooseInitializer
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
+from .loss_curves import CompareLossCurves
 from .merge_custom_diffusion import MergeCustomDiffusion
 from .perfusion import (
     ApplyPerfusion,
@@ -82,6 +83,7 @@ NODES: list[type[io.ComfyNode]] = [
     SoftSubjectMasks,
     PerfusionBalance,
     InspectPerfusionConcepts,
+    CompareLossCurves,
 ]
 
 

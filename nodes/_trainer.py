@@ -135,14 +135,18 @@ def check_output_name(name: str | None) -> bool | str:
 
 def output_place(name: str, overwrite: bool, kind: str = "loras") -> OutputPlace:
     """The host's folders for LoRAs (or another kind of result) and embeddings, and a run folder below its output."""
-    runs = Path(folder_paths.get_output_directory()) / "personalize"
     return OutputPlace(
         safe_name(name),
         _host.save_folder(kind),
         _host.save_folder("embeddings"),
-        runs / safe_name(name),
+        run_folder(name),
         overwrite=overwrite,
     )
+
+
+def run_folder(name: str) -> Path:
+    """Where the training of that output_name keeps its log and its states."""
+    return Path(folder_paths.get_output_directory()) / "personalize" / safe_name(name)
 
 
 def origin_metadata(hidden: Any) -> dict[str, str]:

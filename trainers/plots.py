@@ -1,4 +1,4 @@
-"""The loss curve and the scores of pictures, drawn with Pillow alone."""
+"""Loss curves and the scores of pictures, drawn with Pillow alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .run_log import LoggedRun
 from .stopping import Criterion
 
 _INK, _FAINT, _RAW, _SMOOTH, _PAPER = (40, 44, 52), (222, 225, 230), (168, 196, 230), (21, 101, 192), (255, 255, 255)
@@ -108,6 +109,37 @@ def _criterion_panel(criterion: Criterion, columns: int, width: int, height: int
     draw.line(points, fill=_CRITERION, width=3, joint="curve")
     for x, y in points if len(points) <= 60 else ():
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_CRITERION)
+    return image
+
+
+def compared_curves(runs: Mapping[str, LoggedRun], *, width: int = 768, height: int = 432) -> Image.Image:
+    """The running mean of each run's loss up to a mark where it ended, and its evaluations as a thin line.
+
+    Each run is drawn thinner than the one before, so that those that take the same course can all be seen.
+
+    Args: runs: at least one and at most four, by the names to show.
+    """
+    image = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(image)
+    text, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    draw.text((_LEFT, 12), "Loss", fill=_INK, font=text)
+    columns = max(len(run.losses) for run in runs.values())
+    means = [smoothed(run.losses, max(columns // 20, 5)) for run in runs.values()]
+    evaluated = [loss for run in runs.values() for _, loss in run.evaluations]
+    shown = [value for value in (*(value for mean in means for value in mean), *evaluated) if math.isfinite(value)]
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+    axes = _Axes(low - margin, high + margin, columns, width - _RIGHT, height - _BOTTOM)
+    axes.draw(draw, "optimizer step", small)
+    for place, (colour, (name, run), mean) in enumerate(zip(_SERIES, runs.items(), means)):
+        points = [axes.point(step, value) for step, value in enumerate(mean)]
+        draw.line(points, fill=colour, width=2 * (len(runs) - place), joint="curve")
+        draw.line([axes.point(max(steps - 1, 0), loss) for steps, loss in run.evaluations], fill=colour)
+        x, y = points[-1]
+        draw.line((x, y, x, axes.bottom), fill=colour, width=2)
+        draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
+        heading = f"{name}, {len(run.losses)} steps"
+        draw.text((axes.right, _TOP + 4 + 18 * place), heading, fill=colour, font=small, anchor="ra")
     return image
 
 

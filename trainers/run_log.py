@@ -1,14 +1,48 @@
-"""What a run writes down while it trains: log.jsonl and the preview pictures."""
+"""What a run writes down while it trains, log.jsonl and the preview pictures, and how a log is read again."""
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from PIL import Image
 
 from ..models.errors import FormatError
+
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """The course of a run, as its log has it."""
+
+    losses: list[float]
+    """Of each optimizer step."""
+    evaluations: list[tuple[int, float]]
+    """Steps done and the loss on the evaluation batch, where a stopping rule asked for it."""
+
+
+def read_log(folder: Path) -> LoggedRun:
+    """Read the log of a run, finished or not.
+
+    Raises:
+        FormatError: no log there, or not one of a training.
+    """
+    found = LoggedRun([], [])
+    try:
+        for values in map(json.loads, _lines(folder / LOG)):
+            step, stepped = int(values["step"]), "loss" in values
+            if stepped:
+                found.losses.append(float(values["loss"]))
+            if "evaluation" in values:  # what a step has beside its loss was measured before it
+                found.evaluations.append((step - stepped, float(values["evaluation"])))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{folder.name}/{LOG} is no log of a training ({error}); train again") from error
+    if not found.losses:
+        raise FormatError(f"{folder.name}: no {LOG} with losses there; give the name of a training that was run here")
+    return found
 
 
 class RunLog:
@@ -28,7 +62,7 @@ class RunLog:
         """Args: measured: loss, rate and what was evaluated before the step, by name."""
         if self._folder is None:
             return
-        path = self._folder / "log.jsonl"
+        path = self._folder / LOG
         with _writing(path):
             self._file = self._file or self._open(path)
             self._file.write(json.dumps({"step": step, **measured}) + "\n")

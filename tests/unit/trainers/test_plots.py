@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from comfyui_personalize.trainers.plots import loss_curve, score_chart
+from comfyui_personalize.trainers.plots import compared_curves, loss_curve, score_chart
+from comfyui_personalize.trainers.run_log import LoggedRun
 from comfyui_personalize.trainers.stopping import Criterion
 
 ORANGE = (230, 120, 20)
@@ -48,6 +49,20 @@ def test_a_rule_has_a_panel_with_its_threshold_and_the_step_at_which_it_stopped(
     running = loss_curve([0.1] * 9, (), Criterion("clip", [(3, 0.5)], None))
     assert not places(running, RED) and not places(running, VIOLET) and places(running, GREEN)
     assert loss_curve([0.1] * 9, (), Criterion()).size == (768, 432)
+
+
+def test_compared_runs_end_where_they_ended_and_none_hides_another():
+    course = [1 / step for step in range(1, 101)]
+    runs = {"whole": LoggedRun(course, []), "half": LoggedRun(course[:50], [(0, 0.9), (48, 0.9)])}
+    image = compared_curves(runs)
+    whole, half = places(image, BLUE), places(image, ORANGE)
+    middle = round(78 + (768 - 20 - 78) * 49 / 99)
+    below = [(x, y) for x, y in half if y > 200]  # its name stands above
+    assert max(x for x, _ in whole) >= 746 and middle <= max(x for x, _ in below) <= middle + 7
+    column = {y for x, y in whole if x == 120}, {y for x, y in half if x == 120}
+    assert all(column) and max(column[0]) - min(column[0]) < 12  # the wider line shows on both sides of the other
+    assert min(column[0]) < max(column[1]) < max(column[0]) or min(column[0]) < min(column[1])
+    assert compared_curves({"odd": LoggedRun([math.nan], [(0, math.inf)])}).size == (768, 432)
 
 
 @pytest.mark.parametrize("losses", [[], [1.0], [0.5] * 9, [1.0, math.nan, 2.0]])
