@@ -1,6 +1,5 @@
 """Nodes that make the set of people which a face encoder is trained on, some pictures per run."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -32,7 +31,7 @@ def _list_inputs(name: str, what: str, shipped: str) -> list[io.Input]:
     return [
         io.Combo.Input(
             f"{name}_file",
-            options=[SHIPPED, NO_FILE, *_text_files()],
+            options=[SHIPPED, NO_FILE, *_host.input_text_files()],
             default=SHIPPED,
             tooltip=f"{what}, one per line: the {shipped} that ship with the extension, a text file in the input "
             "folder, or none.",
@@ -93,7 +92,7 @@ class IdentityPrompts(io.ComfyNode):
     def validate_inputs(
         cls, set_name=None, names_file=None, vanilla_prompts_file=None, stylized_prompts_file=None
     ) -> bool | str:
-        files = [SHIPPED, NO_FILE, *_text_files()]
+        files = [SHIPPED, NO_FILE, *_host.input_text_files()]
         chosen = (names_file, vanilla_prompts_file, stylized_prompts_file)
         return first_refusal(
             [_trainer.check_output_name(set_name), *(known("text file", name, files) for name in chosen)]
@@ -239,15 +238,6 @@ def _set_folder(name: str) -> Path:
     return Path(folder_paths.get_input_directory()) / safe_name(name)
 
 
-def _text_files() -> list[str]:
-    """Text files in the host's input folder itself, by name."""
-    root = folder_paths.get_input_directory()
-    if not os.path.isdir(root):
-        return []
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(".txt") and entry.is_file())
-
-
 def _lines(shipped: str, file: str, more: str) -> list[str]:
     """Lines of a list and of a widget, without empty ones and without repetitions, which name the same file.
 
@@ -255,7 +245,7 @@ def _lines(shipped: str, file: str, more: str) -> list[str]:
     """
     texts = [more]
     if file != NO_FILE:
-        path = LISTS / shipped if file == SHIPPED else _text_path(file)
+        path = LISTS / shipped if file == SHIPPED else _host.input_text_path(file)
         try:
             texts.insert(0, path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
@@ -265,10 +255,3 @@ def _lines(shipped: str, file: str, more: str) -> list[str]:
         found.setdefault(line.casefold(), line)
     found.pop("", None)
     return list(found.values())
-
-
-def _text_path(name: str) -> Path:
-    """The text file of that name in the input folder; DatasetError when it is not there."""
-    if name not in _text_files():
-        raise DatasetError(f"{name!r} is not a text file in ComfyUI's input folder; choose one from the list")
-    return Path(folder_paths.get_input_directory()) / name

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import comfy.samplers
 from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
@@ -12,7 +11,7 @@ from ..models.perfusion.balance import BETAS, TAUS, balance_table, choose, read_
 from ..trainers.dataset import Example
 from ..trainers.perfusion.balance_pictures import contact_sheet, front_chart
 from ..trainers.pictures import Picture
-from . import _host, _sockets
+from . import _host, _sampling_inputs, _sockets
 from ._choices import first_refusal, known
 from ._folders import JUDGES
 from ._network_folders import NONE, chosen_folder, folder_version, network_folders
@@ -30,7 +29,6 @@ class PerfusionBalance(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        samplers = comfy.samplers.KSampler
         return io.Schema(
             node_id="PersonalizePerfusionBalance",
             display_name="Perfusion Balance",
@@ -86,7 +84,7 @@ class PerfusionBalance(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Random seed of the starting noise, the same for every pair.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
+                _sampling_inputs.steps(20),
                 io.Float.Input(
                     "cfg",
                     default=6.0,
@@ -95,8 +93,7 @@ class PerfusionBalance(io.ComfyNode):
                     step=0.1,
                     tooltip="Guidance by the prompt; 6 is the authors'.",
                 ),
-                io.Combo.Input("sampler_name", options=samplers.SAMPLERS, tooltip="The sampling algorithm."),
-                io.Combo.Input("scheduler", options=samplers.SCHEDULERS, tooltip="How the noise level falls."),
+                *_sampling_inputs.algorithm(),
                 io.Boolean.Input(
                     "global_locking",
                     default=True,
@@ -127,8 +124,7 @@ class PerfusionBalance(io.ComfyNode):
                 known("CLIP folder", clip_folder, network_folders(JUDGES, "clip")),
                 _readable(betas, "betas", BETAS),
                 _readable(taus, "taus", TAUS),
-                known("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
-                known("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
+                _sampling_inputs.known_algorithm(sampler_name, scheduler),
             )
         )
 

@@ -1,15 +1,10 @@
 """The Perfusion trainer node, and the one that estimates the covariance it needs."""
 
-import os
-from pathlib import Path
-
 import comfy.model_management
-import folder_paths
 from comfy_api.latest import io
 
 from ..models.errors import ConfigError, DatasetError
 from ..models.perfusion import read_covariance
-from ..trainers.layouts import is_inside
 from ..trainers.perfusion.config import NO_COVARIANCE, PerfusionConfig
 from ..trainers.perfusion.covariance_config import CovarianceConfig
 from . import _host, _sockets, _trainer
@@ -124,24 +119,6 @@ class TrainPerfusion(io.ComfyNode):
         return _trainer.run_training(cls, run)
 
 
-def _caption_files() -> list[str]:
-    """Text files in the host's input folder itself, by name."""
-    root = folder_paths.get_input_directory()
-    if not os.path.isdir(root):
-        return []
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(".txt") and entry.is_file())
-
-
-def _caption_path(name: str) -> Path:
-    """The text file of that name in the input folder; DatasetError when it leads out of it or is not there."""
-    root = Path(folder_paths.get_input_directory())
-    path = Path(os.path.abspath(root / name))
-    if not is_inside(path, root) or path.suffix.lower() != ".txt" or not path.is_file():
-        raise DatasetError(f"{name!r} is not a text file in ComfyUI's input folder; choose one from the list")
-    return path
-
-
 class EstimateTextCovariance(io.ComfyNode):
     """The covariance of a base model's text encodings, from a file of captions."""
 
@@ -159,7 +136,7 @@ class EstimateTextCovariance(io.ComfyNode):
                 _sockets.Base.Input("base", tooltip="From Load Training Base: SD1.5, SD2.1 or SDXL."),
                 io.Combo.Input(
                     "captions_file",
-                    options=_caption_files(),
+                    options=_host.input_text_files(),
                     tooltip="A text file in ComfyUI's input folder, one caption per line. The authors take 100,000 of "
                     "LAION's.",
                 ),
@@ -181,7 +158,7 @@ class EstimateTextCovariance(io.ComfyNode):
     def validate_inputs(cls, captions_file=None, output_name=None, precision=None) -> bool | str:
         if captions_file is not None:
             try:
-                _caption_path(str(captions_file))
+                _host.input_text_path(str(captions_file))
             except DatasetError as error:
                 return str(error)
         return first_refusal(
@@ -191,7 +168,7 @@ class EstimateTextCovariance(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, captions_file=None, **_others) -> str:
         try:
-            return _host.file_version(_caption_path(captions_file)) if captions_file else ""
+            return _host.file_version(_host.input_text_path(captions_file)) if captions_file else ""
         except DatasetError:
             return ""
 
@@ -206,7 +183,7 @@ class EstimateTextCovariance(io.ComfyNode):
             result = estimate(
                 config,
                 base,
-                _caption_path(captions_file),
+                _host.input_text_path(captions_file),
                 place,
                 device=comfy.model_management.get_torch_device(),
                 progress=progress,
