@@ -28,8 +28,8 @@ class LoadPerfusionConcept(io.ComfyNode):
             node_id="PersonalizeLoadPerfusionConcept",
             display_name="Load Perfusion Concept",
             category="personalize/perfusion",
-            description="Loads a concept of at most 100 KB, ours or a .ckpt of the authors. Chain several for several "
-            "concepts in one picture.",
+            description="Loads a concept, ours or a .ckpt of the authors. Chain several for several concepts in one "
+            "picture.",
             inputs=[
                 io.Combo.Input(
                     "concept_name",

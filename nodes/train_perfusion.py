@@ -23,7 +23,7 @@ _SETTINGS = (
 
 
 class TrainPerfusion(io.ComfyNode):
-    """Teach one concept in a file of 100 KB."""
+    """Teach one concept in a small file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -32,7 +32,7 @@ class TrainPerfusion(io.ComfyNode):
             display_name="Train Perfusion",
             category="personalize/training",
             description="Trains one concept by key-locked rank-one editing (arXiv 2305.01644): a file of about "
-            "100 KB that can be combined with others when sampling.",
+            "40 KB, or 200 KB for SDXL, that can be combined with others when sampling.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[

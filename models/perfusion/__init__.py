@@ -1,4 +1,4 @@
-"""Perfusion (arXiv 2305.01644): one concept in 100 KB, by gated rank-one edits of cross-attention.
+"""Perfusion (arXiv 2305.01644): one concept in a small file, by gated rank-one edits of cross-attention.
 
 Where the text encoding resembles the concept's, each key projection answers as to the superclass word, and each value
 projection answers what was trained. How much they resemble is measured in the inverse covariance of text encodings; a

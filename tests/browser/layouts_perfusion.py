@@ -8,7 +8,7 @@ NOTE_SIZES = {
     "perfusion_balance": (340, 290),
 }
 NOTES = {
-    "perfusion_train_concept": """**Teach a concept of 100 KB**
+    "perfusion_train_concept": """**Teach a concept of 40 KB (SDXL: 200 KB)**
 
 1. Drop 4 to 8 pictures on the Training Picture nodes. Transparent backgrounds are left out of what is learned.
 2. Name the token and the superclass word in Personalization Dataset, such as `<teddy>` and teddy.

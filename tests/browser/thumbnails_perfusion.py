@@ -43,7 +43,7 @@ def train_concept(canvas: Canvas) -> None:
     for place, backdrop in enumerate(("#9cc3d8", "#e6c7cf", "#7fa65c", "#c7a46a")):
         canvas.put(photo(backdrop, teddy()), 120 + 120 * place, 160 + 10 * abs(2 * place - 3), angle=9 - 6 * place)
     canvas.box(200, 296, 400, 352, ACCENT, radius=28)
-    canvas.text(300, 323, "100 KB", 32, "#2a2018")
+    canvas.text(300, 323, "40 KB", 32, "#2a2018")
 
 
 def two_concepts(canvas: Canvas) -> None:
