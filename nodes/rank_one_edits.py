@@ -1,7 +1,7 @@
-"""Perfusion's edits in the host's UNet: hooks on cross-attention's projections for the time of one call.
+"""Perfusion's edits in the host's UNet: hooks on cross-attention's projections for the time of one sampling run.
 
 A projection gets its input without the concepts' directions, and its output what the gates let through. Both depend on
-the prompt alone, so they are made once for a sampling run.
+the prompt alone, so they are made once for the run. The hooks do nothing but in calls that go through our wrapper.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,9 +43,13 @@ class _Run:
 
     sampling: Any
     """The host's model_sampling."""
+    hooks: ExitStack
+    """Takes the run's hooks away again."""
     made: dict[tuple, Any] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     """Projection -> target output of each concept."""
+    calls: dict["RankOneEdits", "_Call"] = field(default_factory=dict)
+    """The calls of the UNet that are under way."""
 
     def __deepcopy__(self, memo: dict) -> "_Run":
         return self
@@ -84,25 +88,51 @@ class RankOneEdits:
         run, sigmas = options.get(_RUN), options.get("sigmas")
         if run is not None and sigmas is not None and not self.within.holds(run.sampling, sigmas):
             return executor(x, *args, **kwargs)
-        call = _Call(self, executor.class_obj, options, run or _Run(None))
-        with ExitStack() as hooks:
-            for name, module in call.modules():
-                before, after = call.hooks(name, module)
-                hooks.callback(module.register_forward_pre_hook(before).remove)
-                hooks.callback(module.register_forward_hook(after).remove)
+        with ExitStack() as call:
+            if run is None:  # called by a node that samples in a way of its own
+                run = _Run(None, call)
+            self._hook(executor.class_obj, run)
+            run.calls[self] = _Call(self, options, run)
+            call.callback(run.calls.pop, self)
             return executor(x, *args, **kwargs)
+
+    def _hook(self, unet: nn.Module, run: _Run) -> None:
+        """Put hooks on the projections, once for a run."""
+        if (self, unet) in run.made:
+            return
+        run.made[self, unet] = True
+        for name, own in self.projections.items():
+            module = unet.get_submodule(own)
+            before, after = _hooks(self, run, name, module)
+            run.hooks.callback(module.register_forward_pre_hook(before).remove)
+            run.hooks.callback(module.register_forward_hook(after).remove)
+
+
+def _hooks(edits: RankOneEdits, run: _Run, name: str, module: nn.Module) -> tuple[Callable, Callable]:
+    """What runs before and after a projection."""
+
+    def before(_module: nn.Module, args: tuple) -> tuple | None:
+        call = run.calls.get(edits)
+        return None if call is None else (call.edited(name, args[0]), *args[1:])
+
+    def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
+        call = run.calls.get(edits)
+        return None if call is None else output + call.answer(name, module, output)
+
+    return before, after
 
 
 class _Call:
-    """The hooks of one call of the UNet."""
+    """What the hooks need to know of one call of the UNet."""
 
-    def __init__(self, edits: RankOneEdits, unet: nn.Module, options: Mapping[str, Any], run: _Run):
-        self.edits, self.unet, self.run = edits, unet, run
+    def __init__(self, edits: RankOneEdits, options: Mapping[str, Any], run: _Run):
+        self.edits, self.run = edits, run
         # The host copies conditionings from one list to another, uuid included: only the list tells them apart.
         ids = options.get("uuids") or (None,)
         self.chunks = tuple(zip(options.get("cond_or_uncond") or [0] * len(ids), ids, strict=True))
         tags = options.get(_TAGS, {})
         self.superclass = [tags.get(chunk) for chunk in self.chunks]
+        self.has_superclass = any(rows is not None for rows in self.superclass)
         # Patches of other nodes may change the context from step to step and from layer to layer; without uuids nobody
         # knows.
         patched = any(name.startswith("attn2") for name in options.get("patches", ()))
@@ -119,28 +149,21 @@ class _Call:
             self.kept[key] = make()
         return self.kept[key]
 
-    def modules(self) -> list[tuple[str, nn.Module]]:
-        """The projections by diffusers' names, looked up once for a run."""
-        key = (self.edits, "modules", self.unet)
-        if key not in self.run.made:
-            found = [(name, self.unet.get_submodule(own)) for name, own in self.edits.projections.items()]
-            self.run.made[key] = found
-        return self.run.made[key]
+    def edited(self, name: str, context: Tensor) -> Tensor:
+        """What a projection reads in the context's place."""
+        locked = self._locked(name)
+        if locked not in self.inputs or self.inputs[locked][0] is not context:
+            self.inputs[locked] = (context, *self._input(context, locked))
+        return self.inputs[locked][1]
 
-    def hooks(self, name: str, module: nn.Module) -> tuple[Callable, Callable]:
-        """What runs before and after a projection."""
-        locked = name.endswith(KEYS) and any(rows is not None for rows in self.superclass)
+    def answer(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
+        """What is added to a projection's output."""
+        key = ("output", name, output.shape, output.dtype, output.device)
+        return self._once(key, lambda: self._output(name, module, output, self.inputs[self._locked(name)][2]))
 
-        def before(_module: nn.Module, args: tuple) -> tuple:
-            if locked not in self.inputs or self.inputs[locked][0] is not args[0]:
-                self.inputs[locked] = (args[0], *self._input(args[0], locked))
-            return (self.inputs[locked][1], *args[1:])
-
-        def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-            key = ("output", name, tuple(output.shape), output.dtype, output.device)
-            return output + self._once(key, lambda: self._output(name, module, output, self.inputs[locked][2]))
-
-        return before, after
+    def _locked(self, name: str) -> bool:
+        """Whether a projection reads the superclass prompt where there is one."""
+        return self.has_superclass and name.endswith(KEYS)
 
     def _input(self, context: Tensor, locked: bool) -> tuple[Tensor, Scores]:
         """The encodings without what they have of the concepts, and what that was."""
@@ -207,13 +230,14 @@ def attach(model, concepts: Sequence[GatedConcept], within: SigmaRange):
 
 def _start_run(executor, guider, sigmas, extra_args, *args, **kwargs):
     options = extra_args["model_options"].setdefault("transformer_options", {})
-    options[_RUN] = _Run(guider.inner_model.model_sampling)
-    return executor(guider, sigmas, extra_args, *args, **kwargs)
+    with ExitStack() as hooks:
+        options[_RUN] = _Run(guider.inner_model.model_sampling, hooks)
+        return executor(guider, sigmas, extra_args, *args, **kwargs)
 
 
 def _carry_tags(executor, model, conds, x, timestep, model_options, *args, **kwargs):
     options = model_options.get("transformer_options", {})
-    run = options.get(_RUN) or _Run(None)
+    run = options.get(_RUN) or _Run(None, ExitStack())
     tags = {
         (position, cond["uuid"]): cond[TAG]
         for position, entries in enumerate(conds)
