@@ -177,7 +177,15 @@ def write_safetensors(
 
 def write_torch_file(path: Path, contents: Mapping[str, Any], *, overwrite: bool = False) -> Path:
     """The same for a legacy .bin file of tensors in plain dictionaries."""
-    return write_whole(path, lambda temporary: torch.save(dict(contents), temporary), overwrite=overwrite)
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            try:
+                torch.save(dict(contents), file)
+            except RuntimeError as error:  # torch's own archive fails anew when the disk has refused
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    return write_whole(path, save, overwrite=overwrite)
 
 
 def write_whole(path: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> Path:

@@ -21,6 +21,7 @@ from comfyui_personalize.models.formats import (
     stored_layers_per_block,
     stored_tokens,
     write_safetensors,
+    write_torch_file,
 )
 from comfyui_personalize.models.tokens import LearnedToken
 
@@ -112,6 +113,18 @@ def test_a_disk_that_refuses_leaves_no_trace(tmp_path, monkeypatch, step, code, 
         write_safetensors(path, TENSORS, {"version": "2"}, overwrite=True)
     monkeypatch.undo()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_torch_cannot_fill_is_explained(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
+    try:
+        with pytest.raises(FormatError, match=r"could not be saved.*\(File too large\).*writable folder"):
+            write_torch_file(tmp_path / "model_ckpt.pt", {"a": torch.zeros(10**5)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_write_leaves_no_trace(tmp_path, monkeypatch):
