@@ -74,7 +74,12 @@ def set_lora(
                 "load the base model it was trained on"
             )
     ranks = {name: delta.rank for name, delta in deltas.items()}
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=list(deltas), rank_pattern=ranks, alpha_pattern=ranks)
+    usual = max(set(ranks.values()), key=[*ranks.values()].count, default=1)
+    # peft tries every entry of a pattern on every layer, as a regular expression: half a minute for all of SDXL.
+    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    config = LoraConfig(
+        r=usual, lora_alpha=usual, target_modules=list(deltas), rank_pattern=others, alpha_pattern=others
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # two LoRAs are meant
         model.add_adapter(config, adapter_name=adapter)
