@@ -9,6 +9,7 @@ from ...models.lookahead import DENOISING_ALPHA, PREVIEW_ALPHA
 from ...models.lookahead.alignment import Fit
 from ..config import TrainConfig, check_type
 from ..settings import BaseSettings
+from ..weights import Weights
 from .data import FaceDataSettings
 
 DenoisingLoss = Literal["noise", "weighted_noise"]
@@ -155,8 +156,8 @@ class LookaheadConfig(TrainConfig):
             self._require(len(set(named)) == len(named), name, "losses of different names")
 
     def resume_fingerprint(self, steps: int, *more: str) -> str:
-        """As TrainConfig's: what a run shows and evaluates takes no part either."""
-        shown = {"keep": "last", "preview_people": 1, "evaluate_every": 0, "evaluation_pairs": 1}
+        """As TrainConfig's: what a run shows, evaluates and remembers takes no part either."""
+        shown = {"keep": "last", "preview_people": 1, "evaluate_every": 0, "evaluation_pairs": 1, "cache_gigabytes": 0}
         return TrainConfig.resume_fingerprint(replace(self, **shown), steps, *more)
 
 
@@ -182,6 +183,16 @@ class LookaheadModels:
     """torchvision's vgg16 weights, for the loss ``lpips``."""
     dreamsim: Path | None = None
     """Folder of the unpacked ensemble checkpoint of DreamSIM, for the loss ``dreamsim``."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of what the files hold, wherever they lie; as cheap as Weights.digest."""
+        found = []
+        for name in type(self).__dataclass_fields__:
+            if (path := getattr(self, name)) is not None:
+                files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+                found.append(f"{name} {Weights(tuple(files), {}).digest()}")
+        return " ".join(found)
 
     def check(self, config: LookaheadConfig, *, crop_heads: bool) -> None:
         """Raise ConfigError for a file that the settings need and that is not given or not there."""

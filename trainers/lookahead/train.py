@@ -24,7 +24,6 @@ from ..output import OutputPlace
 from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
 from ..settings import pick_device
-from ..weights import Weights
 from .batch import Batches
 from .config import LookaheadConfig, LookaheadModels, LookaheadRun
 from .data import TARGET_WORD, FaceData
@@ -81,10 +80,8 @@ def train(
             f"predict_word needs prompts with {TARGET_WORD}; read prompts from file names and set placeholder to "
             '"{placeholder}"'
         )
-    files = (models.start, models.lcm_lora, models.face_network)
-    digests = [Weights((path,), {}).digest() for path in files if path is not None]
     fingerprint = config.resume_fingerprint(
-        config.steps, base.fingerprint, data.fingerprint, *digests, str(models.preview_vae), str(ranks.count)
+        config.steps, base.fingerprint, data.fingerprint, models.fingerprint, str(ranks.count)
     )
     dtype_of(config.precision, device)
     resumed = check_states(place.run_folder, fingerprint, resume=config.resume, overwrite=place.overwrite)

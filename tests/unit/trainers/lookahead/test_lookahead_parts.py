@@ -1,6 +1,8 @@
 """Settings, data, turns and the start of a face encoder's training, without training."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,7 @@ def test_what_is_shown_and_evaluated_does_not_change_a_run():
     plain = LookaheadConfig()
     watched = LookaheadConfig(evaluate_every=5, keep="best", preview_every=2, preview_people=4, preview_steps=3)
     assert plain.resume_fingerprint(9) == watched.resume_fingerprint(9)
+    assert plain.resume_fingerprint(9) == LookaheadConfig(cache_gigabytes=0.5).resume_fingerprint(9)
     more = LookaheadConfig(picture_losses=(*plain.picture_losses, PictureTerm(name="image_l1")))
     assert plain.resume_fingerprint(9) != more.resume_fingerprint(9)
 
@@ -92,6 +95,22 @@ def test_missing_models_are_named(tiny):
     with pytest.raises(ConfigError, match="models.vgg"):
         tiny.models.check(build(LookaheadConfig, {"picture_losses": [{"name": "lpips"}]}), crop_heads=False)
     tiny.models.check(LookaheadConfig(lookahead_every=0), crop_heads=False)
+
+
+def test_models_are_the_same_wherever_they_lie_and_others_when_they_hold_something_else(models, tmp_path):
+    copied = replace(
+        models,
+        start=shutil.copy(models.start, tmp_path / "renamed.safetensors"),
+        clip_vision=shutil.copytree(models.clip_vision, tmp_path / "vision"),
+    )
+    assert copied.fingerprint == models.fingerprint
+    assert replace(models, preview_vae=models.clip_vision).fingerprint != models.fingerprint
+    with (copied.clip_vision / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read()
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    assert copied.fingerprint != models.fingerprint
 
 
 # Data
