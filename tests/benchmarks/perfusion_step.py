@@ -1,6 +1,7 @@
 """One denoising step with Perfusion concepts, in pairs with the plain model."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pairs import Pair, time_pairs
@@ -24,6 +25,7 @@ def measure(comfy, checkpoint, make_concept, counts: tuple[int, ...], side: int,
     from comfyui_personalize.nodes.rank_one_edits import GatedConcept, attach
 
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+    plain = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[0]  # which no run puts hooks on
     concepts = [
         GatedConcept(make_concept(model, clip, f"<{number}>", "cup", seed=number), 0.65, 0.15)
         for number in range(max(counts))
@@ -34,7 +36,7 @@ def measure(comfy, checkpoint, make_concept, counts: tuple[int, ...], side: int,
     found: dict[int, Step] = {}
     for count in counts:
         edited = attach(model, concepts[:count], SigmaRange(0.0, 1.0))
-        guiders = (_guider(comfy, one, conds) for one in (model, edited))
+        guiders = (_guider(comfy, one, conds) for one in (plain, edited))
         found[count] = _step(comfy, *guiders, latents, rounds)
     return found
 
@@ -47,35 +49,31 @@ def _guider(comfy, model, conds):
 
 
 def _step(comfy, plain, edited, side: int, rounds: int) -> Step:
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
     found = []
 
-    class Probe(comfy.samplers.KSAMPLER):
-        """Times both guiders inside the run of the edited one, on the same latents."""
-
-        def sample(self, wrap, sigmas, extra_args, callback, noise, latent_image=None, *_more):
-            sigma, options = sigmas[:1], extra_args["model_options"]
-            plain.inner_model, plain.conds = wrap.inner_model, wrap.conds
-            x = wrap.inner_model.model_sampling.noise_scaling(sigma, noise, latent_image, True)
-            # The plain model's wrappers, of which there are none, in the place of ours.
-            transformer = {**options["transformer_options"], "wrappers": {}}
-            bare = {**options, "transformer_options": transformer}
-
-            def with_concepts():
-                return wrap.predict_noise(x, sigma, options)
-
-            def without():
-                return plain.predict_noise(x, sigma, bare)
-
-            rows: list[list[int]] = []
-            unet = wrap.inner_model.diffusion_model
-            hook = unet.register_forward_pre_hook(lambda _, arguments: rows[-1].append(len(arguments[0])))
-            for work in (with_concepts, without):
-                rows.append([])
-                work()
+    def compare(without, bare, with_concepts, unet):
+        rows: list[list[int]] = []
+        for network, work in ((unet, with_concepts), (bare, without)):
+            rows.append([])
+            hook = network.register_forward_pre_hook(lambda _, arguments: rows[-1].append(len(arguments[0])))
+            work()
             hook.remove()
-            found.append(Step(time_pairs(with_concepts, without, rounds), *rows))
+        found.append(Step(time_pairs(with_concepts, without, rounds), *rows))
+
+    _within_a_run(comfy, plain, noise, lambda *bare: _within_a_run(comfy, edited, noise, partial(compare, *bare)))
+    return found[0]
+
+
+def _within_a_run(comfy, guider, noise, act) -> None:
+    """Call ``act(step, unet)`` in a sampling run of the guider; ``step()`` is one of its denoising steps."""
+
+    class Probe(comfy.samplers.KSAMPLER):
+        def sample(self, wrap, sigmas, extra_args, callback, noise, latent_image=None, *_more):
+            x = wrap.inner_model.model_sampling.noise_scaling(sigmas[:1], noise, latent_image, True)
+            act(
+                lambda: wrap.predict_noise(x, sigmas[:1], extra_args["model_options"]), wrap.inner_model.diffusion_model
+            )
             return latent_image
 
-    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
-    edited.sample(noise, torch.zeros_like(noise), Probe(None), torch.tensor([5.0, 0.0]), seed=0)
-    return found[0]
+    guider.sample(noise, torch.zeros_like(noise), Probe(None), torch.tensor([5.0, 0.0]), seed=0)
