@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,9 @@ VALIDATION_PROMPTS = (
 """Of the authors' example configs."""
 TARGET_WORD, REFERENCE_WORD = "<s*>", "<ph>"
 """What ``{placeholder}`` becomes in the prompts of targets and of the encoder's pictures."""
+
+_NAMED = 5
+"""How many pictures that are missing or unreadable a summary names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,8 @@ class People:
             labels: Mapping[str, str | None] = dict.fromkeys(names)
         else:
             labels = read_metadata(settings.metadata)
-        self.missing = [name for name in labels if not (settings.folder / name).is_file()]
+        # Path.is_file raises for names that no disk can hold and for folders that may not be entered.
+        self.missing = [name for name in labels if not os.path.isfile(settings.folder / name)]
         """Files that the metadata names and that are not there."""
         gone = set(self.missing)
         self.pictures = [
@@ -239,9 +244,10 @@ class FaceData:
     def remarks(self) -> list[str]:
         """What the user might want to know about the folders, in sentences without their ends."""
         said = []
-        for one in self.sets:
+        for one in [*self.sets, *(self.validation.sets if self.validation else ())]:
             if one.missing:
-                said.append(f"{one.settings.folder.name}: {len(one.missing)} pictures of the metadata are not there")
+                count, which = len(one.missing), some_names(one.missing)
+                said.append(f"{one.settings.folder.name}: {count} pictures of the metadata are not there ({which})")
             if one.alone:
                 said.append(f"{one.settings.folder.name}: {len(one.alone)} people have a single picture")
         return said
@@ -290,6 +296,11 @@ def read_metadata(path: Path) -> dict[str, str]:
         if not place.parts or place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
             raise DatasetError(f"{path}: {name!r} leads out of the folder or names no file; give paths below it")
     return {name.replace("\\", "/"): str(value) for name, value in values.items()}
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first of these names, for a summary."""
+    return ", ".join([*names[:_NAMED], *(["…"] if len(names) > _NAMED else [])])
 
 
 def filled(prompt: str, word: str) -> str:

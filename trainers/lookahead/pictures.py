@@ -16,10 +16,8 @@ from ...models.faces import Face, FaceAnalyser
 from ..clip_vision import ClipVision
 from ..pictures import Crop, Picture
 from ..vae import Autoencoder
-from .data import FacePair, FacePicture
+from .data import FacePair, FacePicture, some_names
 
-_NAMED = 5
-"""How many unreadable pictures a summary names; each is warned of besides."""
 AUGMENTED_AREA = (0.8, 1.0)
 """Part of a reference that is kept where references are augmented."""
 
@@ -103,9 +101,8 @@ class PictureReader:
         """Which pictures could not be read, as a sentence without its end; empty when all could."""
         if not self.unreadable:
             return []
-        names = ", ".join(path.name for path in list(self.unreadable)[:_NAMED])
-        more = ", …" if len(self.unreadable) > _NAMED else ""
-        return [f"{len(self.unreadable)} pictures could not be read and were left out ({names}{more})"]
+        names = some_names([path.name for path in self.unreadable])
+        return [f"{len(self.unreadable)} pictures could not be read and were left out ({names})"]
 
     def _cut(self, picture: FacePicture, generator: torch.Generator) -> tuple[Tensor, tuple[Hashable, ...]]:
         if picture.path in self.unreadable:

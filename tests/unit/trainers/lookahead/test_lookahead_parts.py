@@ -156,6 +156,19 @@ def test_data_that_cannot_be_is_refused(tmp_path, people):
             read_metadata(path)
 
 
+def test_missing_pictures_are_counted_and_the_first_named(tiny, people, tmp_path):
+    names = json.loads((people / "metadata.json").read_text())
+    gone = {f"eve/{number}.png": "eve" for number in range(5)} | {f"{'long' * 100}.png": "eve"}
+    path = tmp_path / "more.json"
+    path.write_text(json.dumps(names | gone))
+    (said,) = tiny.data(metadata=path).remarks()
+    assert said.endswith(
+        "6 pictures of the metadata are not there (eve/0.png, eve/1.png, eve/2.png, eve/3.png, eve/4.png, …)"
+    )
+    strangers = FaceSet(folder=people, metadata=path)
+    assert tiny.data(drawn={"validation": strangers}).remarks() == [said]
+
+
 def test_the_fingerprint_knows_what_decides(tiny):
     same, other = tiny.data().fingerprint, tiny.data(only_vanilla_references=True).fingerprint
     assert tiny.data().fingerprint == same != other
