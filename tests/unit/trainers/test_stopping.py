@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from comfyui_personalize.models.dvar import EvaluationSettings
+from comfyui_personalize.models.dvar import PRESETS, EvaluationSettings
 from comfyui_personalize.models.errors import ConfigError, TrainingError
 from comfyui_personalize.trainers.checkpoint import GeneratorState, newest_states
 from comfyui_personalize.trainers.config import TrainConfig
@@ -18,7 +18,11 @@ from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.stopping import DVAR, EVALUATION_SHARE, STEP_COST, FixedSteps
 
 CPU = torch.device("cpu")
-RECORDED = Path(__file__).parents[2] / "parity" / "data" / "dvar"
+TESTS = Path(__file__).parents[2]
+RECORDED = TESTS / "parity" / "data" / "dvar"
+SHORTER = 5
+"""By how much trainings on the small world are shorter than the authors'."""
+MEASURED = TESTS / "benchmarks" / "dvar_losses.safetensors"
 
 
 class Pictures:
@@ -288,6 +292,38 @@ def test_the_default_frequency_decides_within_one_window_of_every_step(losses, w
         rule = DVAR(window=window, eps=eps)
         assert rule.frequency(rows) > 1
         assert abs(stopping_step(rule, curve, rows=rows) - expected) <= 2 * rule.frequency(rows) < window
+
+
+def measured_curves():
+    """Preset, and losses of a training on the small world, drawn out again to the length of the authors' trainings."""
+    with safe_open(MEASURED, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            losses = file.get_tensor(name)
+            steps = SHORTER * (len(losses) - 1) + 1
+            curve = torch.nn.functional.interpolate(losses[None, None], size=steps, mode="linear", align_corners=True)
+            yield pytest.param(name.split(", ")[0], curve.flatten().tolist(), id=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize(("preset", "curve"), list(measured_curves()))
+def test_on_measured_losses_a_quarter_of_the_passes_decides_within_one_window(preset, curve, rows):
+    window, eps = PRESETS[preset].window, PRESETS[preset].eps
+    expected = stopping_step(DVAR(window=window, eps=eps, every=1), curve, rows=rows)
+    rule = DVAR(window=window, eps=eps)
+    found = stopping_step(rule, curve, rows=rows)
+    assert abs(found - expected) <= window
+    state, each = rule.start(rows), rule.evaluation.rows
+    passes = sum(each for steps in range(found) if steps and state.wants_evaluation(steps))
+    assert 0 < passes / (found * rows * STEP_COST) <= EVALUATION_SHARE
+
+
+def test_measured_losses_are_of_all_three_presets_and_some_are_stopped():
+    curves = [parameter.values for parameter in measured_curves()]
+    assert {preset for preset, _ in curves} == PRESETS.keys()
+    for preset in PRESETS:
+        rule = DVAR(window=PRESETS[preset].window, eps=PRESETS[preset].eps)
+        ends = [(stopping_step(rule, curve, rows=4), len(curve)) for name, curve in curves if name == preset]
+        assert any(end < length for end, length in ends), preset
 
 
 def test_a_window_keeps_enough_evaluations_and_a_given_frequency_is_kept():
