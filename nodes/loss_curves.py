@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..models.errors import ConfigError
 from ..trainers.plots import compared_curves
@@ -25,6 +25,7 @@ class CompareLossCurves(io.ComfyNode):
             category="personalize/training",
             description="Draws the losses of up to four trainings into one plot, each up to the step at which it "
             "ended: the same training with other stopping rules, rates or methods.",
+            is_output_node=True,
             inputs=[
                 io.String.Input(
                     name,
@@ -58,7 +59,8 @@ class CompareLossCurves(io.ComfyNode):
         if not folders:
             raise ConfigError("there is no training to show; connect a trainer's first output, or give its output_name")
         found = {folder.name: read_log(folder) for folder in folders}
-        return io.NodeOutput(_host.pictures_to_images([compared_curves(found)]), _table(found))
+        plot, table = _host.pictures_to_images([compared_curves(found)]), _table(found)
+        return io.NodeOutput(plot, table, ui={"text": [table], **ui.PreviewImage(plot, cls=cls).as_dict()})
 
 
 def _folder(name: str) -> Path:

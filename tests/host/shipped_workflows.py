@@ -50,7 +50,38 @@ SMALL = {
         "preview_steps": 1,
         "overwrite": True,
     },
+    "PersonalizeTrainDreamBoothLoRA": {
+        "steps": 2,
+        "batch_size": 1,
+        "resolution": SIDE,
+        "rank": 2,
+        "gradient_checkpointing": False,
+        "preview_every": 1,
+        "preview_steps": 1,
+        "overwrite": True,
+    },
+    "PersonalizeTrainCustomDiffusion": {
+        "steps": 2,
+        "batch_size": 1,
+        "resolution": SIDE,
+        "rescale_variants": 1,
+        "gradient_checkpointing": False,
+        "preview_every": 1,
+        "preview_steps": 1,
+        "overwrite": True,
+        "class_pictures": 1,
+        "class_steps": 1,
+    },
+    "PersonalizeStopFixed": {"preset": "custom", "steps": 2},
     "PersonalizeStopDVAR": {"preset": "custom", "window": 2},
+    "PersonalizeStopCLIPPlateau": {
+        "preset": "custom",
+        "patience": 0,
+        "eps": 1.0,
+        "every": 1,
+        "pictures": 1,
+        "sampling_steps": 1,
+    },
     "PersonalizeTrainPerfusion": {
         "covariance_name": "text_covariance.safetensors",
         "steps": 2,
@@ -160,7 +191,8 @@ def write_networks(models: Path, judges) -> None:
     Args:
         judges: the module tests/tiny/judges.py.
     """
-    judges.write_clip(models / "scoring" / "clip-vit-large-patch14")
+    for size in ("base-patch32", "large-patch14"):
+        judges.write_clip(models / "scoring" / f"clip-vit-{size}")
     judges.write_clipseg(models / "clipseg" / "clipseg-rd64-refined")
 
 

@@ -24,7 +24,8 @@ def test_trainings_by_name_and_by_file(comfy, run):
 
     run("long", enumerate([1.0 - 0.01 * step for step in range(40)]))
     run("short", enumerate([1.0 - 0.01 * step for step in range(20)]), [(0, 0.9), (16, 0.75)])
-    plot, table = CompareLossCurves.execute(run_1="long.safetensors", run_2=" short", run_3="").result
+    node = CompareLossCurves.PREPARE_CLASS_CLONE(None)
+    plot, table = node.execute(run_1="long.safetensors", run_2=" short", run_3="").result
     assert plot.shape == (1, 432, 768, 3)
     assert table.splitlines()[2:] == ["| long | 40 | 0.6150 | – |", "| short | 20 | 0.8100 | 0.7500 |"]
     before = CompareLossCurves.fingerprint_inputs(run_1="short", run_2=None)

@@ -56,12 +56,23 @@ def test_there_are_trainings_and_samplings(shipped):
     assert shipped.TRAININGS == [
         "dco_train_style",
         "dco_train_subject",
+        "dvar_train_custom_diffusion",
+        "dvar_train_dco",
+        "dvar_train_dreambooth",
         "dvar_train_textual_inversion",
         "lookahead_train_encoder",
         "perfusion_train_concept",
         "perfusion_train_with_masks",
     ]
-    samplings = ["dco_reward_guidance", "dco_subject_in_style", *LOOKAHEAD, *ENCODER, "perfusion_balance", *PERFUSION]
+    samplings = [
+        "dco_reward_guidance",
+        "dco_subject_in_style",
+        "dvar_compare_rules",
+        *LOOKAHEAD,
+        *ENCODER,
+        "perfusion_balance",
+        *PERFUSION,
+    ]
     assert shipped.SAMPLINGS == sorted(samplings)
 
 
@@ -98,6 +109,37 @@ def test_a_word_is_shown_and_saved(run_small, shipped, comfy_server):
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["personalize.tokens"])[0]["rows"] == 2
     assert not (comfy_server.base / "models" / "loras" / "my_word.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "folder", "file"),
+    [
+        ("dvar_train_dreambooth", "DreamBoothLoRA", "loras", "my_dreambooth"),
+        ("dvar_train_custom_diffusion", "CustomDiffusion", "custom_diffusion", "my_custom_dog"),
+        ("dvar_train_dco", "DCO", "loras", "my_dco_dog"),
+    ],
+)
+def test_dvar_watches_a_training(run_small, shipped, comfy_server, name, kind, folder, file):
+    graph, run, pictures = run_small(name)
+    assert [len(pictures[title]) for title in ("Loss curve", "Preview picture")] == [1, 1]
+    assert pictures["Loss curve"][0].size == (768, 720)  # with the normalized variance below
+    ((key, _),) = shipped.nodes(graph, f"PersonalizeTrain{kind}").items()
+    assert run.previews and run.progress(key)[-1][0] >= 1
+    assert all(
+        (comfy_server.base / "models" / kept / f"{file}.safetensors").is_file() for kept in (folder, "embeddings")
+    )
+    log = (comfy_server.base / "output" / "personalize" / file / "log.jsonl").read_text().splitlines()
+    assert "dvar" in json.loads(log[0])
+
+
+def test_three_rules_are_compared_in_one_plot(run_small, shipped):
+    graph, run, pictures = run_small("dvar_compare_rules")
+    assert [picture.size for picture in pictures.pop("Loss curves")] == [(768, 432)]
+    assert len(pictures) == 3 and all(len(previews) == 1 for previews in pictures.values())
+    ((key, _),) = shipped.nodes(graph, "PersonalizeCompareLossCurves").items()
+    (table,) = run.outputs[key]["text"]
+    rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
+    assert rows == [["| my_dog_short", "2"], ["| my_dog_dvar", "2"], ["| my_dog_clip", "2"]]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +313,22 @@ def test_the_shipped_settings_of_perfusion_are_the_authors(shipped):
     assert all(expected.items() <= trainer["inputs"].items() for (trainer,) in trainers)
     (sampler,) = shipped.nodes(shipped.api("perfusion_two_concepts"), "PersonalizeKSamplerMultiConceptLocking").values()
     assert {"steps": 50, "cfg": 6.0, "sampler_name": "ddim"}.items() <= sampler["inputs"].items()
+
+
+def test_the_shipped_settings_of_dvar_are_the_authors(shipped):
+    """As in the README of yandex-research/DVAR; DCO takes the numbers for LoRAs."""
+    steps = {"dreambooth": ("DreamBoothLoRA", 1000), "custom_diffusion": ("CustomDiffusion", 500)}
+    for name, (kind, most) in (steps | {"dco": ("DCO", 2000)}).items():
+        graph = shipped.api(f"dvar_train_{name}")
+        (rule,) = shipped.nodes(graph, "PersonalizeStopDVAR").values()
+        (trainer,) = shipped.nodes(graph, f"PersonalizeTrain{kind}").values()
+        assert rule["inputs"]["preset"] == ("custom diffusion" if name == "custom_diffusion" else "dreambooth")
+        assert trainer["inputs"]["steps"] == most and rule["inputs"]["code"] == "11111"
+    trainers = list(shipped.nodes(shipped.api("dvar_compare_rules"), "PersonalizeTrainDreamBoothLoRA").values())
+    assert len(trainers) == 3
+    for own in ("output_name", "stopping"):
+        assert len({str(trainer["inputs"].pop(own)) for trainer in trainers}) == 3
+    assert trainers[0]["inputs"] == trainers[1]["inputs"] == trainers[2]["inputs"]
 
 
 def test_a_workflow_names_every_input_of_our_nodes(client, shipped):
