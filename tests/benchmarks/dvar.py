@@ -73,12 +73,14 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
 
 
 def page(workshop: Workshop, measured: dict[str, list[Measured]], characters: Sequence[str]) -> str:
-    several = f"the median over the characters {', '.join(characters)}, with its range"
+    measured_on = f"of one training of the character {characters[0]}"
+    if len(characters) > 1:
+        measured_on = f"the median over the characters {', '.join(characters)}, with its range"
     lines = [
         "# Stopping rules",
         "",
         f"Written by `python tests/benchmarks/dvar.py`, {date.today().isoformat()}, {weights.machine()}. Each number "
-        f"is {several if len(characters) > 1 else f'of one training of the character {characters[0]}'}; see tests/world.",
+        f"is {measured_on}; see tests/world.",
         "",
         f"The authors' budgets, windows and distances between checks, divided by {workshop.shorter}: the small model "
         "learns faster than theirs. Time is counted in plain training steps, evaluations and sampled pictures "
@@ -92,7 +94,8 @@ def page(workshop: Workshop, measured: dict[str, list[Measured]], characters: Se
         "How to read it: DVAR ends a training when its loss falls slowly against how it fell before, not when it no "
         "longer falls, and does so after a window at the earliest; more steps still lower the loss on the training "
         "pictures. A fixed budget costs no evaluations, but somebody has to know it. The CLIP plateau needs its "
-        "patience and two more checks, so that small budgets leave it no room, and each check costs as much as several steps.",
+        "patience and two more checks, so that small budgets leave it no room, and each check costs as much as several "
+        "steps.",
     ]
     for method, found in measured.items():
         numbers = workshop.preset(method)
