@@ -29,6 +29,9 @@ from .pictures import PictureReader
 from .starting import start_encoder
 from .words import WordPrompts
 
+_PROMPTS = 8
+"""How many are encoded at a time."""
+
 
 class Told:
     """The prompts of a training, encoded once."""
@@ -102,7 +105,7 @@ def load(
     deltas = _preview_lora(models, base) if config.lookahead_every else {}
     _next(progress, "encoding prompts")
     text = PromptEncoder(base.family, base.load_text_encoders(dtype, device), tokenizer)
-    told = Told(prompts, text.encode_frozen(prompts), side, device)
+    told = Told(prompts, _encoded(text, prompts, progress), side, device)
     words = WordPrompts(text, tokenizer) if config.predict_word else None
     del text
     free_memory(device)
@@ -145,10 +148,19 @@ def load(
     return Loaded(identity, resampler, reader, decoder, base.noise_schedule(), told, made, head, words)
 
 
-def _next(progress: Progress, doing: str) -> None:
+def _encoded(text: PromptEncoder, prompts: Sequence[str], progress: Progress) -> PromptEmbeds:
+    """The prompts' encodings, between some of which the user may cancel: there can be one for every picture."""
+    parts = []
+    for first in range(0, len(prompts), _PROMPTS):
+        _next(progress, "encoding prompts", first, len(prompts))
+        parts.append(text.encode_frozen(prompts[first : first + _PROMPTS], _PROMPTS))
+    return PromptEmbeds.join(parts)
+
+
+def _next(progress: Progress, doing: str, done: int = 0, total: int = 1) -> None:
     if progress.cancelled():
         raise Cancelled
-    progress.report(0, 1, doing)
+    progress.report(done, total, doing)
 
 
 def _preview_lora(models: LookaheadModels, base: TrainingBase) -> dict[str, LowRankDelta]:

@@ -20,6 +20,7 @@ from comfyui_personalize.trainers.lookahead.config import DenoisingTerm, Picture
 from comfyui_personalize.trainers.lookahead.data import FaceDataSettings, FaceSet
 from comfyui_personalize.trainers.lookahead.pictures import PictureReader
 from comfyui_personalize.trainers.progress import SilentProgress
+from comfyui_personalize.trainers.text import PromptEncoder
 
 HUGE = DenoisingTerm(name="noise", weight=1e300)
 
@@ -125,6 +126,20 @@ def test_cancel_between_the_models_leaves_nothing(part, tiny):
     result = tiny.train(progress=progress, steps=2)
     assert result.train.stopped_by == "cancelled" and result.files == () and result.train.steps == 0
     assert not (tiny.folder / "out").exists()
+
+
+def test_cancel_among_many_prompts_encodes_no_more_of_them(tiny, monkeypatch):
+    progress, encode, encoded = SilentProgress(), PromptEncoder.encode, []
+
+    def watched(self, prompts):
+        encoded.extend(prompts)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(PromptEncoder, "encode", watched)
+    monkeypatch.setattr(progress, "cancelled", lambda: bool(encoded))
+    data = tiny.data(drawn={"validation_prompts": tuple(f"a face on day {day}" for day in range(30))})
+    assert tiny.train(data, progress=progress).train.stopped_by == "cancelled"
+    assert 0 < len(encoded) <= 8
 
 
 def test_cancel_while_a_grid_is_sampled_saves_what_was_learned(tiny, monkeypatch):
