@@ -177,10 +177,11 @@ def train_loop(
                 measured = {name: value for name, value in measured.items() if math.isfinite(value)}
                 if best is not None:
                     best.offer(result.steps, -values[""] if evaluation.higher_is_better else values[""])
-                evaluating += time.perf_counter() - started
+                took, started = time.perf_counter() - started, time.perf_counter()
+                evaluating, seconds = evaluating + took, seconds + took  # also when the step does not come to its end
                 finished = stopper.at_once and ranks.any(stopper.stopped)
                 if finished or result.steps >= total:
-                    seconds, before = seconds + time.perf_counter() - started, {}
+                    before = {}
                     log.write(result.steps, measured)
                     history.evaluated(result.steps, measured)
                     break

@@ -9,6 +9,7 @@ import torch
 
 from comfyui_personalize.models.dvar import PRESETS
 from comfyui_personalize.models.errors import ConfigError, FormatError, TrainingError
+from comfyui_personalize.trainers import loop
 from comfyui_personalize.trainers.checkpoint import GeneratorState, newest_states
 from comfyui_personalize.trainers.config import TrainConfig, build
 from comfyui_personalize.trainers.loop import ParameterGroup, train_loop
@@ -146,6 +147,14 @@ def test_a_score_that_is_no_number_is_left_out():
     walk = Walk([0.5, math.nan, 0.7, 0.7, 0.7])
     result = walk.train(keep="best")
     assert [steps for steps, _ in result.criterion.values] == [3, 9, 12, 15] and result.best_step == 9
+
+
+def test_a_check_is_time_spent_though_the_step_after_it_is_cancelled(monkeypatch):
+    clock, walk = iter(range(1000)), Walk()
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    walk.scores.run = lambda cancelled: {"": [next(clock) for _ in range(100)][0]}
+    result = walk.train(progress=CancelAt(4))
+    assert (result.stopped_by, result.steps) == ("cancelled", 3) and 0.9 < result.evaluation_share < 1
 
 
 def test_a_budget_that_it_cannot_stop_is_said_before_and_after():
