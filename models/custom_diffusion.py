@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import FormatError
 from .formats import read_safetensors, read_torch_file, write_safetensors, write_torch_file
-from .learned_embeddings import ANY, BUNDLE, LearnedEmbedding, as_trigger, embeddings_from_tensors
+from .learned_embeddings import ANY, BUNDLE, LearnedEmbedding, as_rows, as_trigger, embeddings_from_tensors
 from .lora import LowRankDelta, diffusers_tensors, parse_lora
 from .tokens import plain_name
 
@@ -96,10 +96,7 @@ def read_custom_diffusion(path: Path) -> CustomDiffusion:
             )
         weights = {name: value for name, value in entries.items() if not isinstance(value, Mapping)}
         changes = {name: _factors(value) for name, value in entries.items() if isinstance(value, Mapping)}
-        tokens = [
-            LearnedEmbedding(as_trigger(str(name)), {ANY: rows.detach().float().reshape(-1, rows.shape[-1])})
-            for name, rows in words.items()
-        ]
+        tokens = [LearnedEmbedding(as_trigger(str(name)), {ANY: as_rows(rows, path)}) for name, rows in words.items()]
     for name, value in [*weights.items(), *changes.items()]:
         if not is_trained(name, "cross_attention") or not _is_usable(name, value):
             raise FormatError(

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def read_learned_embeddings(path: Path, triggers: Sequence[str] = ()) -> list[Le
         rows = next((value for value in contents["string_to_param"].values() if isinstance(value, Tensor)), None)
         if rows is None:
             raise FormatError(f"{path.name}: string_to_param holds no tensor; the file is damaged")
-        return _named({trigger_of_file(path): {ANY: _matrix(rows, path)}}, triggers, path)
+        return _named({trigger_of_file(path): {ANY: as_rows(rows, path)}}, triggers, path)
     tensors = {str(key): value for key, value in contents.items() if isinstance(value, Tensor)}
     return embeddings_from_tensors(path, tensors, {}, triggers)
 
@@ -181,11 +182,11 @@ def embeddings_from_tensors(
     """The learned tokens among a file's tensors; arguments and errors as read_learned_embeddings."""
     if bundled := _bundled(tensors, metadata, path):
         return _named(bundled, triggers, path)
-    encoders = {key: _matrix(tensors[key], path) for key in ENCODERS if key in tensors}
+    encoders = {key: as_rows(tensors[key], path) for key in ENCODERS if key in tensors}
     if encoders:
         return _split(encoders, declared_tokens(metadata), triggers, path)
     if "emb_params" in tensors:
-        return _named({trigger_of_file(path): {ANY: _matrix(tensors["emb_params"], path)}}, triggers, path)
+        return _named({trigger_of_file(path): {ANY: as_rows(tensors["emb_params"], path)}}, triggers, path)
     # diffusers' layout: the key is the token itself.
     tokens = {key: value for key, value in tensors.items() if value.ndim in (1, 2) and "." not in key}
     if not tokens or len(tokens) != len(tensors):
@@ -194,12 +195,14 @@ def embeddings_from_tensors(
             "bundle_emb entries, or a textual inversion embedding"
         )
     return _named(
-        {_safe_trigger(key, path): {ANY: _matrix(value, path)} for key, value in tokens.items()}, triggers, path
+        {_safe_trigger(key, path): {ANY: as_rows(value, path)} for key, value in tokens.items()}, triggers, path
     )
 
 
-def _matrix(rows: Tensor, path: Path) -> Tensor:
-    """Rows as (rows, dim) float32."""
+def as_rows(rows: Any, path: Path) -> Tensor:
+    """Rows of a file as (rows, dim) float32; FormatError when they are none."""
+    if not isinstance(rows, Tensor):
+        raise FormatError(f"{path.name}: the rows of a learned token are no tensor; the file is damaged")
     if rows.ndim not in (1, 2) or not rows.numel() or not rows.is_floating_point():
         shape = "×".join(map(str, rows.shape)) or "a single number"
         raise FormatError(
@@ -235,7 +238,7 @@ def _bundled(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: P
         name, _, entry = key[len(BUNDLE) :].replace(".string_to_param", "").rpartition(".")
         encoder = entry if entry in ENCODERS else ANY
         trigger = names.get(_bare(name).lower()) or as_trigger(_bare(name))
-        found.setdefault(trigger, {})[encoder] = _matrix(value, path)
+        found.setdefault(trigger, {})[encoder] = as_rows(value, path)
     return found
 
 
