@@ -87,7 +87,7 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in ``dtype``, or as it is when a diverged training made values that ``dtype`` cannot hold."""
     narrow = tensor.to(dtype)
     return narrow if narrow.isfinite().all() else tensor
@@ -123,7 +123,7 @@ def save_personalization(
     """
     dtype = torch.float16 if config.save_precision == "fp16" else torch.float32
     tensors = kohya_tensors(deltas, family.name, layers_per_block=layers_per_block)
-    tensors = {key: _narrowed(tensor, dtype) for key, tensor in tensors.items()}
+    tensors = {key: narrowed(tensor, dtype) for key, tensor in tensors.items()}
     ranks = {delta.rank for delta in deltas.values()}
     if config.bundle_tokens:
         for token, part in rows_of_tokens(rows, tokens):

@@ -26,10 +26,11 @@ from ...models.learned_embeddings import LearnedEmbedding
 from ...models.lora import LowRankDelta
 from ..base import TrainingBase
 from ..batches import LatentBatch
+from ..checkpoint import newest_states
 from ..config import build
 from ..dataset import Dataset
 from ..outcome import Outcome
-from ..output import OutputPlace, rows_of_tokens, save_embeddings
+from ..output import OutputPlace, narrowed, rows_of_tokens, save_embeddings
 from ..pictures import Cut
 from ..preparation import Prepared, run_from_settings
 from ..progress import Progress
@@ -98,7 +99,8 @@ def train(
     if config.snr_gamma:
         raise ConfigError("Custom Diffusion's masked loss has no weights of timesteps; set snr_gamma to 0")
     if config.save_authors_file:
-        refuse_taken(place.lora_path.with_suffix(".bin"), overwrite=place.overwrite or config.resume)
+        resumed = config.resume and bool(newest_states(place.run_folder))
+        refuse_taken(place.lora_path.with_suffix(".bin"), overwrite=place.overwrite or resumed)
     own: dict[str, Tensor] = {}
     """The base's weights, of which a compressed file holds the changes."""
 
@@ -131,9 +133,9 @@ def save_custom_diffusion(prepared: Prepared, own: Mapping[str, Tensor]) -> list
     for name, parameter in prepared.unet.named_parameters():
         if name in own:
             change = compressed(parameter.detach() - own[name].to(parameter), config.kept_share)
-            changes[name] = LowRankDelta(change.down.to(dtype), change.up.to(dtype))
+            changes[name] = LowRankDelta(narrowed(change.down, dtype), narrowed(change.up, dtype))
         elif is_trained(name, config.trained):
-            weights[name] = parameter.detach().to(dtype)
+            weights[name] = narrowed(parameter.detach(), dtype)
     learned = tuple(LearnedEmbedding(token.trigger, part) for token, part in rows_of_tokens(rows, tokens))
     changed = CustomDiffusion(weights, learned, changes)
     about = {

@@ -26,7 +26,7 @@ from ...models.tokens import LearnedToken, replace_triggers, split_prompt
 from ..base import TrainingBase, open_base
 from ..config import build
 from ..outcome import CANCELLED
-from ..output import OutputPlace
+from ..output import OutputPlace, narrowed
 from ..progress import Cancelled, Progress, SilentProgress
 from ..ranks import Ranks
 from ..settings import pick_device
@@ -138,7 +138,8 @@ def merge(
                 rows @ concept.changed.weight(name, own[name].float()).T
                 for concept, rows in zip(concepts, words, strict=True)
             ]
-            weights[name] = solution.weight(own[name], torch.cat(values))
+            merged = solution.weight(own[name].float(), torch.cat(values))
+            weights[name] = narrowed(merged, torch.float16)
             progress.report(done, len(names), f"merging weights: {done} of {len(names)}")
     learned = [LearnedToken(token.trigger, "", len(next(iter(token.rows.values())))) for token in tokens]
     entries = describe(

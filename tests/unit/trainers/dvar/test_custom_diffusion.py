@@ -120,9 +120,18 @@ def test_what_it_cannot_do_is_refused_before_training(run, tiny):
     taken = tiny.place().lora_path.with_suffix(".bin")
     taken.parent.mkdir(parents=True)
     taken.write_bytes(b"other")
-    with pytest.raises(ConfigError, match="my_dog.bin exists already"):
-        run(save_authors_file=True)
-    assert taken.read_bytes() == b"other"
+    for resume in (False, True):  # there is nothing to resume, so that the file is not this run's own
+        with pytest.raises(ConfigError, match="my_dog.bin exists already"):
+            run(save_authors_file=True, resume=resume)
+    assert taken.read_bytes() == b"other" and not tiny.place().lora_path.exists()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_values_that_half_precision_cannot_hold_are_saved_in_full(share, run):
+    result = run(steps=1, learning_rate=1e9, rescale_variants=0, kept_share=share, save_authors_file=True)
+    for found in (read_custom_diffusion(path) for path in result.files[:2]):
+        largest = [found.weight(name, torch.zeros(1)).abs().max() for name in found.names]
+        assert max(largest) > torch.finfo(torch.float16).max
 
 
 def test_all_of_cross_attention_trains(run, unets):

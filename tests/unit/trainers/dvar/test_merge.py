@@ -1,5 +1,7 @@
 """Merging Custom Diffusions on tiny checkpoints: words read as trained, the rest as in the base, bad files refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,6 +97,15 @@ def test_a_word_of_two_files_is_numbered(tiny):
     assert all(
         torch.equal(found, concept.changed.tokens[0].rows["any"]) for found, concept in zip(rows, concepts, strict=True)
     )
+
+
+def test_values_that_half_precision_cannot_hold_are_merged(tiny):
+    cook = Cook(tiny, "sd15")
+    wild = read_custom_diffusion(cook.concept("wild.safetensors", "<wild>", seed=1))
+    weights = {name: 1e6 * weight for name, weight in wild.weights.items()}
+    path = write_custom_diffusion(tiny.folder / "wild.safetensors", replace(wild, weights=weights), {}, overwrite=True)
+    merged, _ = cook.merge(read_concept(path), read_concept(cook.concept("two.safetensors", "<two>", seed=2)))
+    assert all(weight.isfinite().all() for weight in read_custom_diffusion(merged).weights.values())
 
 
 class Cancelling(SilentProgress):
