@@ -167,7 +167,9 @@ class IdentitySet:
         return missing
 
     def close(self) -> None:
-        """Write the metadata whole."""
+        """Write the metadata whole, with what another process has listed meanwhile."""
+        if (self.folder / METADATA).exists():
+            self._identities = read_metadata(self.folder / METADATA) | self._identities
         text = json.dumps(self._identities, ensure_ascii=False, indent=1)
         write_whole(self.folder / METADATA, lambda file: file.write_text(text, encoding="utf-8"), overwrite=True)
 

@@ -48,6 +48,17 @@ def test_seeds_follow_from_person_prompt_and_number_alone():
     assert not set(seeds) & {one.seed for one in plan(seed=1)}
 
 
+def test_two_that_fill_one_set_list_all_of_it(tmp_path):
+    first, second = IdentitySet(tmp_path / "set"), IdentitySet(tmp_path / "set")
+    for people, part in ((first, plan()[:5]), (second, plan()[5:])):
+        for portrait in part:
+            people.add(portrait, PICTURE)
+    first.close()
+    second.close()
+    assert json.loads((tmp_path / "set" / METADATA).read_text()) == {one.name: one.identity for one in plan()}
+    assert second.counts == (10, 2)
+
+
 def test_the_training_reads_people_prompts_and_references(tmp_path):
     fill(tmp_path / "set", plan())
     folder = tmp_path / "set"
