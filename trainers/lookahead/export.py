@@ -45,11 +45,14 @@ class Exported:
     copy_rank: int
     tokens: int
     """Of the adapter."""
+    word: bool
+    """Whether the encoder predicts a word for the person, which their infer.py has no place for."""
 
     def __str__(self) -> str:
         return (
             f"saved {self.path}; the authors' infer.py reads it with --encoder_lora_rank {self.rank} "
             f"--kvcopy_lora_rank {self.copy_rank} --ip_adapter_tokens {self.tokens}"
+            + ("; what predicts a word for the person is left out, as it refuses that" if self.word else "")
         )
 
 
@@ -77,7 +80,7 @@ def export(encoder: Path, base: TrainingBase, clip_vision: Path, path: Path, *, 
     tensors = {key: value for key, value in vision.module.state_dict().items() if "position_ids" not in key}
     write_authors_file(path, found, _unet(base), tensors, overwrite=overwrite)
     rank, copy_rank = authors_ranks(found)
-    return Exported(path, rank, copy_rank, found.resampler.latents.shape[1])
+    return Exported(path, rank, copy_rank, found.resampler.latents.shape[1], found.word is not None)
 
 
 def _unet(base: TrainingBase) -> dict[str, Tensor]:

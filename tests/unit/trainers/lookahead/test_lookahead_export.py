@@ -1,13 +1,15 @@
 """Encoders exported for the authors' code from the command line, and read back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from comfyui_personalize.models.errors import ConfigError, IncompatibleModelError
-from comfyui_personalize.models.lookahead.encoder import encoder_tensors, read_encoder
+from comfyui_personalize.models.lookahead.encoder import encoder_tensors, read_encoder, write_encoder
+from comfyui_personalize.models.lookahead.word import WordHead
 from comfyui_personalize.trainers.__main__ import main
 from comfyui_personalize.trainers.base import open_base
 from comfyui_personalize.trainers.config import build, read_toml
@@ -44,6 +46,16 @@ def test_the_command_line(tiny, encoder, capsys):
     assert vision == {torch.float16} and not any("position_ids" in key for key in tensors)
     assert main(["lookahead-export", "--config", str(config)]) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_predicted_word_is_left_out_and_said_so(tiny, load_helper):
+    with_word = replace(load_helper("tiny/lookahead.py").make_encoder("sdxl", rank=1), word=WordHead(8, 6))
+    encoder = write_encoder(tiny.folder / "word.safetensors", with_word, {})
+    written = export(encoder, tiny.base(), tiny.models.clip_vision, tiny.folder / "word.pt")
+    assert "what predicts a word for the person is left out" in str(written)
+    roots = {"encoder_unet", "image_encoder", "image_proj_model"}
+    assert {key.partition(".")[0] for key in torch.load(written.path, weights_only=True)} == roots
+    assert "word" not in str(replace(written, word=False)).partition("; ")[2]
 
 
 def test_what_does_not_belong_together_leaves_no_file(tiny, encoder, tiny_checkpoint, load_helper):
