@@ -231,6 +231,11 @@ class TrainLookaheadEncoder(io.ComfyNode):
             )
         weights = {"identity": identity_weight, "image_l1": image_weight}
         terms = tuple(PictureTerm(name=name, weight=weight) for name, weight in weights.items() if weight)
+        if not terms and settings["lookahead_every"]:
+            raise ConfigError(
+                "identity_weight and image_weight are both 0, so that looking ahead has nothing to learn from; raise "
+                "one of them, or set lookahead_every to 0"
+            )
         config = LookaheadConfig(**settings, picture_losses=terms)
 
         def path(kind: str, name: str) -> Path | None:

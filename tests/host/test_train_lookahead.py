@@ -118,6 +118,13 @@ def test_a_trained_encoder_predicts_the_same_in_both_unets(comfy, train, tiny_ch
     assert relative(found, expected) < 1e-4 and relative(alone, expected) > 1e-3
 
 
+def test_looking_ahead_without_a_loss_is_refused_by_the_widgets_names(train):
+    from comfyui_personalize.models.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="identity_weight and image_weight are both 0.*lookahead_every"):
+        train("none", image_weight=0.0, lookahead_every=1)
+
+
 def test_files_that_change_make_the_node_run_again(comfy, train, people):
     from comfyui_personalize.nodes.train_lookahead import NO_FILE, TrainLookaheadEncoder
 
