@@ -23,7 +23,7 @@ class MethodConfig(TrainConfig):
     """``adamw8bit`` keeps the optimizer's state in 8 bits; it needs bitsandbytes and a GPU. ``sam`` and
     ``adaptive_sam`` seek weights whose neighbours are good too: twice the time per step, another rate, no decay."""
     sam_rho: float = 0.05
-    """How far ``sam`` looks around; ``adaptive_sam`` takes ten times as much."""
+    """How far ``sam`` looks around; ``adaptive_sam`` wants about ten times as much."""
     sam_momentum: float = 0.9
     """Momentum of ``sam`` and ``adaptive_sam``."""
     max_grad_norm: float = 0.0
@@ -105,6 +105,8 @@ class CustomDiffusionConfig(PriorConfig):
     """The gradients' common norm is clipped to this; 0 turns clipping off."""
     rescale_variants: int = 12
     """Copies of each picture at random sizes, captioned far away or zoomed in; 0 makes none."""
+    save_precision: Literal["fp16", "fp32"] = "fp16"
+    """Type of the saved weights; learned tokens are always saved in fp32."""
     save_authors_file: bool = False
     """Also write the weights and tokens as delta.bin, which the authors' code reads."""
     trained: Part = "keys_values"
