@@ -1,8 +1,11 @@
 """Several Custom Diffusions as one file, without training."""
 
+from itertools import zip_longest
+
 import comfy.model_management
 from comfy_api.latest import io
 
+from ..models.errors import ConfigError
 from . import _host, _sockets, _trainer
 from ._choices import first_refusal, known
 from ._folders import CUSTOM_DIFFUSIONS
@@ -91,13 +94,15 @@ class MergeCustomDiffusion(io.ComfyNode):
         from ..trainers.progress import Cancelled
 
         names = [name for name in (custom_name, custom_name_2, custom_name_3, custom_name_4) if name != NONE]
-        lines = [*phrases.splitlines(), *[""] * len(names)]
+        lines = phrases.rstrip().splitlines()
+        if len(lines) > len(names):
+            raise ConfigError(f"there are {len(lines)} phrases for {len(names)} files; write one line per file")
         place = _trainer.output_place(output_name, overwrite, CUSTOM_DIFFUSIONS)
         progress = _host.HostProgress(cls.hidden.unique_id)
         with _host.memory_given_back(), _host.leave_inference_mode(), _host.short_paths():
             concepts = [
                 read_concept(_host.model_path(CUSTOM_DIFFUSIONS, name), phrase)
-                for name, phrase in zip(names, lines, strict=False)
+                for name, phrase in zip_longest(names, lines, fillvalue="")
             ]
             try:
                 path, words = merge(

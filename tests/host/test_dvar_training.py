@@ -127,6 +127,7 @@ def test_whole_and_compressed_files_give_the_same_pictures(part, comfy, train, s
 
 
 def test_merged_concepts_load_as_one(comfy, train, sampled, tiny_checkpoint):
+    from comfyui_personalize.models.errors import ConfigError
     from comfyui_personalize.nodes import _host
     from comfyui_personalize.nodes.custom_diffusion import LoadCustomDiffusion
     from comfyui_personalize.nodes.dvar import TrainCustomDiffusion
@@ -139,6 +140,8 @@ def test_merged_concepts_load_as_one(comfy, train, sampled, tiny_checkpoint):
     assert MergeCustomDiffusion.validate_inputs(custom_name_3="none.bin") is not True
     base = open_base(tiny_checkpoint("sd15"), tokenizer=_host.tokenizer_folder())
     node = MergeCustomDiffusion.PREPARE_CLASS_CLONE(None)
+    with pytest.raises(ConfigError, match="there are 3 phrases for 2 files; write one line per file"):
+        node.execute(base, *names, phrases="<dog> dog\n\n<cat> cat\n", output_name="both")
     merged, tokens = node.execute(base, *names, output_name="both", captions="a cat\na house by the sea").result
     assert (merged, tokens) == ("both.safetensors", "<dog>, <dog2>")
     model, clip, _ = comfy.load("sd15")
