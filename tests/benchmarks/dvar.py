@@ -83,13 +83,13 @@ def page(workshop: Workshop, measured: dict[str, list[Measured]], characters: Se
         f"is {measured_on}; see tests/world.",
         "",
         f"The authors' budgets, windows and distances between checks, divided by {workshop.shorter}: the small model "
-        "learns faster than theirs. Time is counted in plain training steps, evaluations and sampled pictures "
-        "included, and compared with the full budget's. *Loss* is the evaluation loss of the last weights, against "
-        "those of the full budget; *fall* is how much of the full budget's fall of that loss there has been.",
+        "learns faster than theirs; Textual Inversion's full budget is a quarter of that. Time is counted in plain "
+        "training steps, evaluations and sampled pictures included, and compared with the full budget's. *Loss* is the evaluation loss of the last "
+        "weights, against those of the full budget; *fall* is how much of the full budget's fall of that loss there has been.",
         "",
         f"Pictures {SETTINGS['batch_size']} per step, of which evaluations have {EvaluationSettings().rows}; "
         f"{CHECK['count']} pictures of {CHECK['steps']} steps per check of the CLIP plateau, patience and eps as the "
-        "authors'. No class pictures.",
+        "authors', who take 50 to 200 steps for each, so that their checks cost more. No class pictures.",
         "",
         "How to read it: DVAR ends a training when its loss falls slowly against how it fell before, not when it no "
         "longer falls, and does so after a window at the earliest; more steps still lower the loss on the training "

@@ -33,7 +33,7 @@ from results import listed, save_sheet, table_head  # noqa: E402
 from scores import Spread, verdict  # noqa: E402
 from sheet import Row, draw_sheet  # noqa: E402
 
-SEEDS = 1
+SEEDS = 3
 COLUMNS = {
     "subject": "subject",
     "parts": "parts",
@@ -164,8 +164,8 @@ def report(found: Measured, minutes: float, steps: int, *, kept: bool = False) -
     lines += [
         "",
         "How alike a word's encoding is to each target input, 1 for the target input itself, in a prompt with both: "
-        "each gate opens at its own word and nowhere else, whatever the pair. What is left of bleeding has two causes "
-        "besides the gates. The text encoder reads the second word behind the first, and all words after both. And "
+        "each gate opens at its own word and hardly anywhere else, whatever the pair. What is left of bleeding has two "
+        "causes besides the gates. The text encoder reads the second word behind the first, and all words after both. And "
         "keys are locked to the superclass: zib and mok have the same key in every layer, to the last bit, so a pixel "
         "cannot tell their words apart by it; zib and kro have different ones.",
         "",
