@@ -18,7 +18,9 @@ from comfyui_personalize.models.lora import LowRankDelta, kohya_tensors
 from comfyui_personalize.trainers.base import TrainingBase
 from comfyui_personalize.trainers.lookahead.config import DenoisingTerm, PictureTerm
 from comfyui_personalize.trainers.lookahead.data import FaceDataSettings, FaceSet
+from comfyui_personalize.trainers.lookahead.objective import Objective
 from comfyui_personalize.trainers.lookahead.pictures import PictureReader
+from comfyui_personalize.trainers.lookahead.sampling import PersonSampler
 from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.text import PromptEncoder
 
@@ -143,13 +145,31 @@ def test_cancel_among_many_prompts_encodes_no_more_of_them(tiny, monkeypatch):
 
 
 def test_cancel_while_a_grid_is_sampled_saves_what_was_learned(tiny, monkeypatch):
-    progress = CancelWhen("loss ")
-    result = tiny.train(progress=progress, steps=3, preview_every=1, preview_people=1, preview_steps=1)
+    progress, sample, sampled = CancelWhen("never said"), PersonSampler.sample, []
+
+    def watched(self, *arguments, **told):
+        progress.flag = True
+        sampled.append(sample(self, *arguments, **told))
+        return sampled[-1]
+
+    monkeypatch.setattr(PersonSampler, "sample", watched)
+    result = tiny.train(progress=progress, steps=3, preview_every=1, preview_people=1, preview_steps=2)
+    assert sampled == [None] and result.preview is None
     assert result.train.stopped_by == "cancelled" and result.train.steps == 1 and len(result.files) == 1
 
 
-def test_cancel_before_an_evaluation_saves_what_was_learned(tiny):
-    result = tiny.train(progress=CancelWhen("loss "), steps=3, evaluate_every=1)
+def test_cancel_within_an_evaluation_saves_what_was_learned(tiny, monkeypatch):
+    progress, ahead, evaluated = CancelWhen("never said"), Objective.ahead, []
+
+    def watched(self, batch, *arguments, **told):
+        if told:  # what an evaluation says of faceless previews
+            evaluated.append(batch)
+            progress.flag = len(evaluated) == 4  # the first of three passes after the first step
+        return ahead(self, batch, *arguments, **told)
+
+    monkeypatch.setattr(Objective, "ahead", watched)
+    result = tiny.train(progress=progress, steps=3, evaluate_every=1, evaluation_pairs=3)
+    assert len(evaluated) == 4
     assert result.train.stopped_by == "cancelled" and result.train.steps == 1 and len(result.files) == 1
 
 
