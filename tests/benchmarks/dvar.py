@@ -82,10 +82,11 @@ def page(workshop: Workshop, measured: dict[str, list[Measured]], characters: Se
         f"Written by `python tests/benchmarks/dvar.py`, {date.today().isoformat()}, {weights.machine()}. Each number "
         f"is {measured_on}; see tests/world.",
         "",
-        f"The authors' budgets, windows and distances between checks, divided by {workshop.shorter}: the small model "
-        "learns faster than theirs; Textual Inversion's full budget is a quarter of that. Time is counted in plain "
-        "training steps, evaluations and sampled pictures included, and compared with the full budget's. *Loss* is the evaluation loss of the last "
-        "weights, against those of the full budget; *fall* is how much of the full budget's fall of that loss there has been.",
+        f"The authors' budgets, windows and distances between checks, divided by {workshop.shorter}: the small "
+        "model learns faster than theirs; Textual Inversion's full budget is a quarter of that. Time is counted in"
+        " plain training steps, evaluations and sampled pictures included, and compared with the full budget's. "
+        "*Loss* is the evaluation loss of the last weights, against those of the full budget; *fall* is how much "
+        "of the full budget's fall of that loss there has been.",
         "",
         f"Pictures {SETTINGS['batch_size']} per step, of which evaluations have {EvaluationSettings().rows}; "
         f"{CHECK['count']} pictures of {CHECK['steps']} steps per check of the CLIP plateau, patience and eps as the "

@@ -163,11 +163,11 @@ def report(found: Measured, minutes: float, steps: int, *, kept: bool = False) -
         lines += ["", f"![{listed(pair)}](results/perfusion_{pair[1]}.jpg)"]
     lines += [
         "",
-        "How alike a word's encoding is to each target input, 1 for the target input itself, in a prompt with both: "
-        "each gate opens at its own word and hardly anywhere else, whatever the pair. What is left of bleeding has two "
-        "causes besides the gates. The text encoder reads the second word behind the first, and all words after both. And "
-        "keys are locked to the superclass: zib and mok have the same key in every layer, to the last bit, so a pixel "
-        "cannot tell their words apart by it; zib and kro have different ones.",
+        "How alike a word's encoding is to each target input, 1 for the target input itself, in a prompt with "
+        "both: each gate opens at its own word and hardly anywhere else, whatever the pair. What is left of "
+        "bleeding has two causes besides the gates. The text encoder reads the second word behind the first, and "
+        "all words after both. And keys are locked to the superclass: zib and mok have the same key in every "
+        "layer, to the last bit, so a pixel cannot tell their words apart by it; zib and kro have different ones.",
         "",
         *gate_table(found),
     ]
