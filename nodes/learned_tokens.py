@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 
+import torch
 from comfy.sd1_clip import SDTokenizer
 from torch import Tensor
 
@@ -67,3 +68,13 @@ def teach(clip, embeddings: Sequence[LearnedEmbedding], name: str):
     for key, rows in by_encoder.items():
         setattr(taught.tokenizer, key, _with_tokens(getattr(clip.tokenizer, key), rows))
     return taught
+
+
+def knows(clip, embedding: LearnedEmbedding, name: str) -> bool:
+    """Whether a CLIP was taught this very word; IncompatibleModelError as for `teach`."""
+    return all(
+        (known := getattr(getattr(clip.tokenizer, key), "personalize_rows", {}).get(embedding.trigger.lower()))
+        is not None
+        and torch.equal(known, rows)
+        for key, rows in embedding.fit(encoder_widths(clip), name).items()
+    )

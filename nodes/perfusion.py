@@ -220,9 +220,12 @@ class KSamplerMultiConceptLocking(io.ComfyNode):
         end_percent=1.0,
     ) -> io.NodeOutput:
         model, clip = _applied(model, clip, concepts, start_percent, end_percent)
-        prompt = encode(clip, with_words(positive, concepts), concepts, global_locking=global_locking)
+        prompts = (
+            encode(clip, with_words(text, concepts), concepts, global_locking=global_locking)
+            for text in (positive, negative)
+        )
         guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(prompt, clip.encode_from_tokens_scheduled(clip.tokenize(negative)))
+        guider.set_conds(*prompts)
         guider.set_cfg(cfg)
         return io.NodeOutput(sample_latent(guider, latent_image, seed, steps, sampler_name, scheduler, denoise))
 

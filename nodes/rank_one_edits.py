@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.utils import repeat_to_batch_size
 from torch import Tensor, nn
 
 from ..models.errors import ConfigError
@@ -25,6 +26,8 @@ KEY = "personalize_rank_one_edits"
 """Key of our wrappers on a MODEL."""
 TAG = "personalize_superclass"
 """Entry of a conditioning: the encoding of its prompt with the superclass words, (batch, tokens, dim), for keys."""
+TAG_OF = "personalize_superclass_of"
+"""Entry beside it: the encoding that it was made for, by which a change of the conditioning is noticed."""
 _TAGS, _RUN = "personalize_superclass_tags", "personalize_rank_one_run"  # entries of the host's transformer_options
 
 
@@ -45,6 +48,8 @@ class _Run:
     """The host's model_sampling."""
     hooks: ExitStack
     """Takes the run's hooks away again."""
+    changes: bool = False
+    """Whether conditionings have hooks of the host's, under which weights change from call to call."""
     made: dict[tuple, Any] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     """Projection -> target output of each concept."""
@@ -57,13 +62,30 @@ class _Run:
     def has_own_prompt(self, position: int, cond: Mapping[str, Any]) -> bool:
         """Whether a conditioning of the list at ``position`` still has the prompt that it was made for.
 
-        For an area of one list the host adds an entry to the others: a copy with their prompt in it.
+        For an area of one list the host adds an entry to the others: a copy with their prompt in it. Zeroes have no
+        keys to lock.
+
+        Raises:
+            ConfigError: another node has changed the prompt, so that its superclass prompt is none of it any more.
         """
         key = ("own prompt", position, cond["uuid"])
         if key not in self.made:  # prompts stay the same for the run, and comparing them waits for the device
-            seen, own = cond.get("model_conds", {}).get("c_crossattn"), cond.get("cross_attn")
-            self.made[key] = seen is None or own is None or torch.equal(seen.cond.cpu(), own.cpu())
+            seen, own, known = (prompt.cpu() for prompt in (_prompt(cond).cond, cond["cross_attn"], cond[TAG_OF]))
+            if own.any() and not torch.equal(own, known):
+                raise ConfigError(_SEPARATED)
+            self.made[key] = torch.equal(seen, known)
         return self.made[key]
+
+
+def _prompt(cond: Mapping[str, Any]) -> Any:
+    """What the UNet's cross-attention reads under a conditioning: the host's object, or None."""
+    return cond.get("model_conds", {}).get("c_crossattn")
+
+
+_SEPARATED = (
+    "a prompt and its superclass prompt do not belong together any more, because another node changed one of them; "
+    "connect Perfusion Text Encode directly to the sampler"
+)
 
 
 class RankOneEdits:
@@ -133,10 +155,10 @@ class _Call:
         tags = options.get(_TAGS, {})
         self.superclass = [tags.get(chunk) for chunk in self.chunks]
         self.has_superclass = any(rows is not None for rows in self.superclass)
-        # Patches of other nodes may change the context from step to step and from layer to layer; without uuids nobody
-        # knows.
-        patched = any(name.startswith("attn2") for name in options.get("patches", ()))
-        self.kept = None if patched or self.chunks[0][1] is None else run.made
+        # Patches of other nodes may change the context from step to step and from layer to layer, windows cut it out of
+        # a longer one; without uuids nobody knows.
+        changing = any(name.startswith("attn2") for name in options.get("patches", ())) or "context_window" in options
+        self.kept = None if changing or run.changes or self.chunks[0][1] is None else run.made
         self.inputs: dict[bool, tuple[Tensor, Tensor, Scores]] = {}
         """What was read, what it was edited to and what that took away, where it is the superclass prompt's (True) and
         where it is the prompt itself: all layers read the same."""
@@ -182,12 +204,9 @@ class _Call:
         for index, encoding in enumerate(self.superclass):
             if encoding is not None:
                 times, rest = divmod(tokens, encoding.shape[1])
-                if rest or len(encoding) not in (1, batch):
-                    raise ConfigError(
-                        f"a prompt of {tokens} tokens has a superclass prompt of {encoding.shape[1]}; another node "
-                        "changed one of them: connect Perfusion Text Encode directly to the sampler"
-                    )
-                rows[index] = encoding.to(context).repeat(1, times, 1).expand(batch, -1, -1)
+                if rest:
+                    raise ConfigError(_SEPARATED)
+                rows[index] = repeat_to_batch_size(encoding.to(context).repeat(1, times, 1), batch)
         return torch.cat(rows)
 
     def _output(self, name: str, module: nn.Module, like: Tensor, scores: Scores) -> Tensor:
@@ -196,7 +215,7 @@ class _Call:
         def project(rows: Tensor) -> Tensor:  # past hooks, yet through the host's casts and patches
             return type(module).forward(module, rows.to(like)).float()
 
-        if name not in self.run.outputs:
+        if name not in self.run.outputs or self.run.changes:
             concepts = [gated.concept for gated in self.edits.concepts]
             self.run.outputs[name] = [concept.target_output(name, project) for concept in concepts]
         outputs = [rows.to(like.device) for rows in self.run.outputs[name]]
@@ -230,20 +249,23 @@ def attach(model, concepts: Sequence[GatedConcept], within: SigmaRange):
 
 def _start_run(executor, guider, sigmas, extra_args, *args, **kwargs):
     options = extra_args["model_options"].setdefault("transformer_options", {})
+    changes = any("hooks" in cond for entries in guider.conds.values() for cond in entries or ())
     with ExitStack() as hooks:
-        options[_RUN] = _Run(guider.inner_model.model_sampling, hooks)
+        options[_RUN] = _Run(guider.inner_model.model_sampling, hooks, changes)
         return executor(guider, sigmas, extra_args, *args, **kwargs)
 
 
 def _carry_tags(executor, model, conds, x, timestep, model_options, *args, **kwargs):
     options = model_options.get("transformer_options", {})
     run = options.get(_RUN) or _Run(None, ExitStack())
-    tags = {
-        (position, cond["uuid"]): cond[TAG]
-        for position, entries in enumerate(conds)
-        for cond in entries or ()
-        if TAG in cond and run.has_own_prompt(position, cond)
-    }
+    tags = {}
+    for position, entries in enumerate(conds):
+        own = [cond for cond in entries or () if TAG in cond and run.has_own_prompt(position, cond)]
+        locked = {id(_prompt(cond)): cond[TAG] for cond in own}
+        # An entry that was added for an area of another list has the prompt of one of these, and nothing else of it.
+        tags |= {
+            (position, cond["uuid"]): locked[id(_prompt(cond))] for cond in entries or () if id(_prompt(cond)) in locked
+        }
     if tags:
         model_options = {**model_options, "transformer_options": {**options, _TAGS: tags}}
     return executor(model, conds, x, timestep, model_options, *args, **kwargs)

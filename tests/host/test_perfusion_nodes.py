@@ -139,6 +139,57 @@ def test_long_prompts(comfy, tools, scene, positions):
     assert one.sample(tools, prompt).isfinite().all()
 
 
+def test_answers_follow_weights_that_hooks_of_the_host_change(comfy, tools, scene, monkeypatch):
+    """A LoRA on one prompt alone, and only for the first steps: keys answer by the weights that are in force."""
+    import comfy.hooks as hooks
+
+    from comfyui_personalize.nodes import rank_one_edits
+
+    one = scene()
+    model, clip = one.apply()
+    lora = hooks.create_hook_lora(tools.random_lora(one.model, every=1), strength_model=1.0, strength_clip=0.0)
+    frames = hooks.HookKeyframeGroup()
+    for strength, start in ((1.0, 0.0), (0.0, 0.5)):
+        frames.add(hooks.HookKeyframe(strength=strength, start_percent=start))
+    lora.set_keyframes_on_hooks(frames)
+    prompt = [[embeds, {**options, "hooks": lora}] for embeds, options in encode(comfy, clip, "a <cup>")]
+    prompts = prompt, encode(comfy, clip, "blurry")
+    got = tools.ksample(model, *prompts)
+    output = rank_one_edits._Call._output
+    monkeypatch.setattr(
+        rank_one_edits._Call, "_output", lambda call, *args: call.run.outputs.clear() or output(call, *args)
+    )
+    fresh = model.clone()
+    fresh.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))  # then nothing is kept
+    assert tools.relative(got, tools.ksample(fresh, *prompts)) < 1e-5
+
+
+def test_context_windows_cut_the_prompts_too(comfy, scene):
+    """Each window of the host's reads its own part of a batch of prompts, under one and the same uuid."""
+    from contextlib import ExitStack
+
+    from comfyui_personalize.nodes.rank_one_edits import _RUN, KEY, _Run
+
+    one = scene()
+    model, clip = one.apply()
+    comfy.model_management.load_model_gpu(model)
+    wrappers = {"diffusion_model": {KEY: model.get_wrappers("diffusion_model", KEY)}}
+
+    def predict(prompt, run):
+        options = {"wrappers": wrappers, "uuids": ["one"], "context_window": object(), _RUN: run}
+        noise = torch.ones(1, 4, 8, 8)
+        return model.model.diffusion_model(
+            noise, torch.tensor([500.0]), context=encode(comfy, clip, prompt)[0][0], transformer_options=options
+        )
+
+    with ExitStack() as hooks, ExitStack() as others:
+        run = _Run(None, hooks)
+        predict("paris", run)
+        second = predict("a <cup>", run)
+        hooks.close()
+        assert torch.equal(second, predict("a <cup>", _Run(None, others)))
+
+
 def test_nothing_stays_on_the_model(comfy, tools, scene):
     two = scene(count=2)
     prompts = [encode(comfy, two.clip, text) for text in ("a cup in paris", "blurry")]
@@ -213,6 +264,53 @@ def test_an_area_of_the_prompt_leaves_the_negative_prompt_alone(comfy, tools, sc
         for index, cond in enumerate(args["conds"])
     ]
     assert tools.relative(tools.ksample(apart, area, negative, steps=2), together) < 1e-4
+
+
+def test_an_area_of_the_negative_prompt_leaves_keys_locked(comfy, tools, scene):
+    """The host then samples the prompt in that area once more, under an entry that is a copy of the negative one."""
+    one = scene()
+    model, clip = one.apply()
+    prompt, negative = locked(one, "a {1}"), encode(comfy, clip, "blurry")
+    (everywhere,) = comfy.nodes.ConditioningSetArea().append(negative, 64, 64, 0, 0, 1.0)
+    whole, area = (tools.ksample(model, prompt, one_of, steps=1) for one_of in (negative, everywhere))
+    assert tools.relative(area, whole) < 1e-4
+
+
+def test_a_file_that_does_not_name_its_encoder_locks_keys_too(comfy, scene):
+    """As the authors' files, which hold rows for whichever encoder has their width."""
+    from dataclasses import replace
+
+    from comfyui_personalize.models.learned_embeddings import ANY
+    from comfyui_personalize.nodes.rank_one_edits import TAG
+
+    one = scene()
+    ((_, named),) = locked(one, "a {1} in paris")
+    concept = one.concepts[0].concept
+    anyone = replace(concept.embedding, rows={ANY: concept.embedding.rows["clip_l"]})
+    one.concepts = (replace(one.concepts[0], concept=replace(concept, embedding=anyone)),)
+    ((_, options),) = locked(one, "a {1} in paris")
+    assert torch.equal(options[TAG], named[TAG])
+
+
+def test_only_concepts_that_a_prompt_names_need_a_superclass(scene):
+    from dataclasses import replace
+
+    two = scene(count=2)
+    two.concepts = (two.concepts[0], replace(two.concepts[1], concept=replace(two.concepts[1].concept, superclass="")))
+    assert locked(two, "a {1} in paris")
+
+
+def test_the_negative_prompt_takes_words_and_locking_as_well(comfy, tools, scene):
+    from comfyui_personalize.nodes.perfusion import KSamplerMultiConceptLocking
+
+    two = scene(count=2)
+    model, _ = two.apply()
+    apart = tools.ksample(model, locked(two, "a {1}"), locked(two, "a {2}"), cfg=6.0, steps=2)
+    (latent,) = KSamplerMultiConceptLocking.execute(
+        two.model, two.clip, two.concepts, "a {1}", "a {2}", 1, 2, 6.0, "euler", "normal",
+        {"samples": torch.zeros(1, 4, 8, 8)}, 1.0, True,
+    ).result  # fmt: skip
+    assert torch.equal(latent["samples"], apart)
 
 
 def test_a_word_of_several_vectors_has_room_for_a_longer_superclass(comfy, scene):
@@ -334,7 +432,20 @@ def test_concepts_are_applied_once(scene):
 def test_a_number_without_a_concept_is_refused(scene):
     from comfyui_personalize.models.errors import ConfigError
 
-    assert "asks for concept {3}, 2 are loaded" in refusal(ConfigError, lambda: locked(scene(count=2), "a {1} on {3}"))
+    two = scene(count=2)
+    for prompt, number in (("a {1} on {3}", 3), ("a {red|blue} {3}", 3), ("a {0}", 0)):
+        message = refusal(ConfigError, lambda prompt=prompt: locked(two, prompt))
+        assert f"asks for concept {{{number}}}, 2 are loaded" in message
+
+
+def test_a_clip_without_the_word_is_refused(scene):
+    from comfyui_personalize.models.errors import ConfigError
+    from comfyui_personalize.nodes.perfusion import PerfusionTextEncode
+
+    one = scene()
+    message = refusal(ConfigError, lambda: PerfusionTextEncode.execute(one.clip, one.concepts, "a {1}", True))
+    assert "does not know <cup>" in message and "connect the CLIP" in message
+    assert PerfusionTextEncode.execute(one.clip, one.concepts, "blurry", True)
 
 
 def test_another_covariance_is_refused(scene):
@@ -352,9 +463,18 @@ def test_a_superclass_prompt_that_lost_its_partner_is_refused(comfy, tools, scen
 
     one = scene()
     model, clip = one.apply()
-    joined = comfy.nodes.ConditioningConcat().concat(locked(one, "a {1}"), encode(comfy, clip, "paris"))[0]
-    joined[0][0] = joined[0][0][:, :100]
-    negative = encode(comfy, clip, "blurry")
-    assert "connect Perfusion Text Encode directly" in refusal(
-        ConfigError, lambda: tools.ksample(model, joined, negative, cfg=1.0)
-    )
+    prompt, other = locked(one, "a {1}"), encode(comfy, clip, "paris")
+    joined = comfy.nodes.ConditioningConcat().concat(prompt, other)[0]  # 154 tokens, of which 77 have a partner
+    mixed = comfy.nodes.ConditioningAverage().addWeighted(prompt, other, 0.5)[0]
+    for changed in (joined, mixed):
+        message = refusal(ConfigError, lambda changed=changed: tools.ksample(model, changed, other, cfg=1.0))
+        assert "connect Perfusion Text Encode directly" in message
+
+
+def test_a_prompt_of_zeroes_has_nothing_to_lock(comfy, tools, scene):
+    one = scene(positions=77)  # so that values differ from token to token, and keys count
+    model, clip = one.apply()
+    prompt, zero = locked(one, "a {1}"), comfy.nodes.ConditioningZeroOut().zero_out
+    unlocked = encode(comfy, clip, "a <cup>")
+    kept, lost = (tools.ksample(model, prompt, zero(negative)[0]) for negative in (unlocked, prompt))
+    assert tools.relative(lost, kept) < 1e-5
