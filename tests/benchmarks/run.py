@@ -70,12 +70,10 @@ def dco_step(checkpoint: Path, device: torch.device, side: int, rounds: int, ful
         synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         pair = time_pairs(ours.step, theirs.step, rounds, synchronize=synchronize)
         del ours, theirs, one
-        memory = {}
-        for which in ("ours", "authors"):
-            words = [which, checkpoint, side, device.type, int(tokens), int(full)]
-            command = [sys.executable, HERE / "memory.py", *words]
-            output = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
-            memory[which] = json.loads(output.splitlines()[-1])["peak_mib"]
+        memory = {
+            which: peak_memory("dco_step", which, str(checkpoint), side, device.type, tokens, full)
+            for which in ("ours", "authors")
+        }
         work = [f"{c['unet_rows']} rows, {c['text_passes']} text passes, {c['vae_pictures']} VAE" for c in counts]
         lines.append(
             f"| {label} | {work[0]} | {work[1]} | {pair.ours * 1e3:.0f} ms | {pair.theirs * 1e3:.0f} ms | "
@@ -83,6 +81,13 @@ def dco_step(checkpoint: Path, device: torch.device, side: int, rounds: int, ful
             f"{memory['authors']:.0f} MiB | **{memory['ours'] / memory['authors']:.2f}** |"
         )
     return lines
+
+
+def peak_memory(job: str, *words: str | int | bool) -> float:
+    """MiB that this module's ``measure_memory`` finds with these arguments, in a process of its own."""
+    command = [sys.executable, str(HERE / "memory.py"), job, json.dumps(words)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])["peak_mib"]
 
 
 def guidance(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) -> list[str]:
@@ -158,6 +163,29 @@ def lookahead_at_full_size(host: Path, base: Path) -> list[str]:
         theirs = work[f"authors' {name}"] + VAE_ENCODING
         rows.append(f"| {mode} | {work[name]:.1f} | {theirs:.1f} | **{theirs / work[name]:.2f}** |")
     return [*rows, f"| plain guidance | {work['plain']:.1f} | – | – |"]
+
+
+def lookahead_training(checkpoint: Path, side: int, rounds: int) -> list[str]:
+    """Table row: our iteration of a face encoder's training against the authors' with four UNets."""
+    import lookahead_training as job
+
+    pair, work = job.measure(checkpoint, side, rounds)
+    memory = {which: peak_memory("lookahead_training", which, str(checkpoint), side) for which in job.JOBS}
+    return [
+        f"| {work['ours']} | {work['authors']} | {pair.ours * 1e3:.0f} ms | {pair.theirs * 1e3:.0f} ms | "
+        f"**{pair.ratio:.2f}** ({pair.spread[0]:.2f}–{pair.spread[1]:.2f}) | {memory['ours']:.0f} MiB | "
+        f"{memory['authors']:.0f} MiB | **{memory['ours'] / memory['authors']:.2f}** |"
+    ]
+
+
+def lookahead_training_at_full_size(folder: Path, batches: tuple[int, ...]) -> list[str]:
+    """Table: memory of a face encoder's training at SDXL's true size, term by term."""
+    import full_size_training as job
+
+    folder.mkdir()
+    checkpoint = write_checkpoint(folder, True)
+    head = [f"| term | {' | '.join(f'batch {batch}' for batch in batches)} |", "| --- |" + " --- |" * len(batches)]
+    return [*head, *job.rows_of([job.measure(checkpoint, batch) for batch in batches])]
 
 
 def perfusion(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) -> list[str]:
@@ -273,6 +301,19 @@ def main() -> None:
                 *lookahead_at_full_size(host, folder / "in-process"),
                 "",
                 "One UNet is resident where the authors have two.",
+                "",
+                "### Face encoder training, one iteration of two steps, batch 2",
+                "",
+                "| work per iteration, ours | authors' | ours | authors' | speed ratio "
+                "| peak memory, ours | authors' | memory ratio |",
+                "| --- | --- | --- | --- | --- | --- | --- | --- |",
+                *lookahead_training(checkpoint, side, rounds),
+                "",
+                "Memory at SDXL's true size, 1024 × 1024, in bf16 with gradient checkpointing and the loss `identity`, "
+                "in GB of 10⁹ bytes. Weights are counted without data; moments are what is alive at most in a forward "
+                "and a backward pass without data, recomputed blocks and gradients included:",
+                "",
+                *lookahead_training_at_full_size(folder / "full-size", (1,) if arguments.quick else (1, 4)),
                 "",
                 "### Perfusion concepts, one denoising step, batch 1",
                 "",

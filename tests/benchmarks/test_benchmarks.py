@@ -21,6 +21,8 @@ def test_the_benchmark_counts_the_work_of_each_step(comfyui):
     assert re.search(r"^\| \[3\] \| \[2, 1\] \|", run.stdout, flags=re.MULTILINE)
     assert "| attention sharing | [2, 4], 0 VAE | [2, 2, 2], 1 VAE |" in run.stdout
     assert "| adapter only | [2], 0 VAE | [2, 2], 1 VAE |" in run.stdout
+    assert "| 1 UNet, 8 rows, 0 text passes, 0 VAE | 4 UNets, 8 rows, 16 text passes, 4 VAE |" in run.stdout
+    assert "| fits 24 GB | yes |" in run.stdout
     differences = re.findall(r"\| ([\d.]+e[+-]\d+) \|$", run.stdout, flags=re.MULTILINE)
     assert len(differences) == 3 and max(map(float, differences)) < 1e-4
     work = dict(re.findall(r"^\| (attention sharing|adapter only|plain guidance) \| ([\d.]+) \|", run.stdout, re.M))
