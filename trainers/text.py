@@ -100,6 +100,16 @@ def check_tokens(tokens: Sequence[LearnedToken], tokenizer) -> None:
             initializer_ids(token, tokenizer)
 
 
+def refuse_cut_initializers(tokens: Sequence[LearnedToken], tokenizer) -> None:
+    """Raise ConfigError for a token with fewer rows than its initializer has tokens, as the authors refuse it."""
+    for token in tokens:
+        if token.initializer and (count := len(initializer_ids(token, tokenizer))) > token.rows:
+            raise ConfigError(
+                f"token {token.trigger} starts from {token.initializer!r}, which has {count} tokens, and has "
+                f"{token.rows} row(s) for them; give it {count} rows, or a shorter word"
+            )
+
+
 class PromptEncoder:
     """A family's text encoders with their tokenizer, reading prompts in which triggers stand for learned rows.
 

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...models.denoising import denoising_error
-from ...models.errors import ConfigError
 from ..base import TrainingBase
 from ..batches import LatentBatch
 from ..cache import Augmentation
@@ -23,7 +22,7 @@ from ..output import OutputPlace
 from ..preparation import Prepared, Surroundings, prepare
 from ..progress import Cancelled
 from ..prompts import Prompts
-from ..text import initializer_ids
+from ..text import refuse_cut_initializers
 from ..text_side import TextSettings, TextSide
 from .config import MethodConfig, PriorConfig
 from .evaluate import plain_error
@@ -78,7 +77,7 @@ def train_method(
     Raises:
         PersonalizeError: any of its kinds, before a model is loaded where the cause can be known by then.
     """
-    _refuse_cut_initializers(dataset, base)
+    refuse_cut_initializers(dataset.tokens, base.tokenizer() if dataset.tokens else None)
     prompts, around = Prompts(config.prompts, dataset, config.class_word), Surroundings(**surroundings)
     if isinstance(config, PriorConfig):
         dataset, around = with_class_pictures(config, base, dataset, place, around)
@@ -137,15 +136,3 @@ def train_method(
         evaluate=lambda batch: plain_error(prepared, prompts, batch),
         save=lambda: method.save(prepared),
     )
-
-
-def _refuse_cut_initializers(dataset: Dataset, base: TrainingBase) -> None:
-    """Raise ConfigError for a token with fewer rows than its initializer has tokens, as the authors refuse it."""
-    tokens = [token for token in dataset.tokens if token.initializer]
-    tokenizer = base.tokenizer() if tokens else None
-    for token in tokens:
-        if (count := len(initializer_ids(token, tokenizer))) > token.rows:
-            raise ConfigError(
-                f"token {token.trigger} starts from {token.initializer!r}, which has {count} tokens, and has "
-                f"{token.rows} row(s) for them; give it {count} rows, or a shorter word"
-            )

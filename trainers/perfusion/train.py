@@ -29,7 +29,7 @@ from ..progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from ..ranks import Ranks
 from ..settings import pick_device
 from ..stopping import FixedSteps, StoppingRule
-from ..text import check_tokens
+from ..text import check_tokens, refuse_cut_initializers
 from .concept import TrainedConcept
 from .config import NO_COVARIANCE, PerfusionConfig, PerfusionRun
 from .evaluation import FixedLoss
@@ -92,6 +92,7 @@ def train(
         rule.pictures.check()
     tokenizer = base.tokenizer()
     check_tokens(dataset.tokens, tokenizer)
+    refuse_cut_initializers(dataset.tokens, tokenizer)
     if before_loading is not None:
         before_loading()
     reset_peak_memory(device)
