@@ -52,9 +52,7 @@ def test_a_subject_outside_the_cut_is_refused_and_nothing_is_written(tiny):
 
 def test_a_superclass_of_more_tokens_than_the_word_has_rows_is_refused(tiny):
     dataset = Dataset.from_tensors([WIDE], "a <teddy>", tokens=[LearnedToken("<teddy>", "teddy bear")])
-    with pytest.raises(
-        ConfigError, match="'teddy bear', which has 2 tokens.*give it 2 rows, or a shorter"
-    ):
+    with pytest.raises(ConfigError, match="'teddy bear', which has 2 tokens.*give it 2 rows, or a shorter"):
         tiny.train(dataset=dataset, steps=1)
     assert not tiny.place().lora_path.exists()
 
