@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from comfyui_personalize.models.errors import ConfigError, FormatError, TrainingError
 from comfyui_personalize.models.formats import read_header
 from comfyui_personalize.models.tokens import LearnedToken
-from comfyui_personalize.trainers import preview
+from comfyui_personalize.trainers import sampling
 from comfyui_personalize.trainers.adapters import lora_off
 from comfyui_personalize.trainers.base import TrainingBase
 from comfyui_personalize.trainers.batches import LatentBatches
@@ -389,7 +389,7 @@ def test_cancel_while_the_model_loads_leaves_no_files(tiny, monkeypatch):
 def test_cancel_during_a_preview_saves_and_resumes_exactly(tiny, monkeypatch):
     settings = {"steps": 4, "preview_every": 2, "preview_steps": 3}
     whole = tiny.train(name="whole", **settings)
-    progress, euler, steps = CancelAt(), preview.euler, []
+    progress, euler, steps = CancelAt(), sampling.euler, []
 
     def cancelling(schedule):
         progress.flag = True
@@ -398,11 +398,11 @@ def test_cancel_during_a_preview_saves_and_resumes_exactly(tiny, monkeypatch):
         scheduler.step = lambda *a, **k: steps.append(1) or step(*a, **k)
         return scheduler
 
-    monkeypatch.setattr(preview, "euler", cancelling)
+    monkeypatch.setattr(sampling, "euler", cancelling)
     result = tiny.train(name="parts", progress=progress, **settings)
     assert (result.train.stopped_by, result.train.steps) == ("cancelled", 2)
     assert len(steps) == 1 and result.preview is None and progress.previews == []
-    monkeypatch.setattr(preview, "euler", euler)
+    monkeypatch.setattr(sampling, "euler", euler)
     rest = tiny.train(name="parts", resume=True, **settings)
     assert rest.train.losses == whole.train.losses and equal(rest, whole)
 
