@@ -1,6 +1,5 @@
 """The loader and sampling nodes as the host sees and runs them."""
 
-import asyncio
 import json
 
 import pytest
@@ -196,11 +195,10 @@ def test_bad_files_are_refused_in_one_sentence(comfy, tools, loras):
 
 def test_every_input_is_explained_and_bounded(comfy):
     """The ids, and for every widget a tooltip, a default and bounds: saved workflows depend on them."""
-    from comfyui_personalize.nodes import PersonalizeExtension
+    from comfyui_personalize.nodes import NODES
 
-    nodes = asyncio.run(PersonalizeExtension().get_node_list())
-    schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
-    assert len(schemas) == len(nodes)
+    schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
+    assert len(schemas) == len(NODES)
     for node_id, schema in schemas.items():
         assert node_id.startswith("Personalize") and schema.category.startswith("personalize/")
         assert schema.display_name and schema.description
@@ -228,10 +226,9 @@ EXPECTED_WIDGETS = {
 
 def test_widgets_keep_their_places(comfy):
     """Workflows store widget values by position: new ones may only follow these."""
-    from comfyui_personalize.nodes import PersonalizeExtension
+    from comfyui_personalize.nodes import NODES
 
-    nodes = asyncio.run(PersonalizeExtension().get_node_list())
-    schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
+    schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
     for node_id, expected in EXPECTED_WIDGETS.items():
         widgets = [entry.id for entry in schemas[node_id].inputs if entry.get_io_type() in WIDGET]
         assert widgets[: len(expected)] == expected
