@@ -14,11 +14,12 @@ export COMFYUI_PATH
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-host lint benchmark clean
+.PHONY: help setup demo test test-all test-host lint benchmark clean
 
 help:
 	@echo "make demo       teach a tiny model a character that it never saw; pictures go to demo/"
-	@echo "make test       everything that can run here: lint, unit, parity, host, browser, benchmark self-test"
+	@echo "make test       lint, unit, parity, host and browser tests: a quarter of an hour on two cores"
+	@echo "make test-all   the same with the slow ones: several processes, benchmark self-test, more of the small world"
 	@echo "make test-host  only the tests that run in ComfyUI"
 	@echo "make lint       ruff"
 	@echo "make benchmark  measure, and write tests/benchmarks/RESULTS.md"
@@ -37,6 +38,9 @@ lint: setup
 
 test: lint
 	@$(PYTEST) $(ARGS)
+
+test-all: lint
+	@$(PYTEST) -m "not world_full" $(ARGS)
 
 test-host: setup
 	@$(PYTEST) -m "host or browser" $(ARGS)

@@ -71,6 +71,8 @@ class Frontend:
         for name in ("Comfy.TutorialCompleted", "Comfy.Workflow.ShowMissingModelsWarning"):
             value = name == "Comfy.TutorialCompleted"
             requests.post(f"{self.url}/settings/{name}", json=value, timeout=30).raise_for_status()
+        # The page reads the whole history, and cannot when a test has run a graph with NaN in it.
+        requests.post(f"{self.url}/history", json={"clear": True}, timeout=30).raise_for_status()
         self.page.goto(self.url, wait_until="domcontentloaded", timeout=timeout * 1000)
         self.page.wait_for_function(READY, timeout=timeout * 1000)
         self.page.wait_for_timeout(SETTLE_MS)

@@ -42,7 +42,6 @@ def without_comfyui(tmp_path_factory):
     return out, run_demo(out, "--without-comfyui")
 
 
-@pytest.mark.slow
 def test_without_comfyui_the_command_line_does_the_job(without_comfyui):
     out, printed = without_comfyui
     assert printed.count("Without ComfyUI") == 1
@@ -50,7 +49,6 @@ def test_without_comfyui_the_command_line_does_the_job(without_comfyui):
     check_results(out, printed)
 
 
-@pytest.mark.slow
 @pytest.mark.host
 def test_in_comfyui_the_shipped_workflows_train_the_same_weights(comfyui, without_comfyui, tmp_path):
     printed = run_demo(tmp_path)

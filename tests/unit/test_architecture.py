@@ -1,6 +1,7 @@
 """Who may import whom, what is loaded when, and that packaging lists every folder."""
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -109,6 +110,7 @@ def method_of(module: str) -> str | None:
     return None
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of the three layers: "trainers.dco.train" -> file."""
     files = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
@@ -120,6 +122,13 @@ def package_of(module: str) -> str:
     return module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
 
 
+@functools.cache
+def imported_by(module: str) -> list[Import]:
+    """What importing `module` itself imports at once."""
+    found = imports_of(modules()[module].read_text(), package_of(module))
+    return [item for item in found if not item.inside_function]
+
+
 def loaded_with(module: str) -> dict[str, set[str]]:
     """Modules of ours that importing `module` loads, each with the outside packages that it imports."""
     known, reached, waiting = modules(), {}, [module]
@@ -129,7 +138,7 @@ def loaded_with(module: str) -> dict[str, set[str]]:
             name = name.rpartition(".")[0]  # `from .config import TrainConfig` names an attribute
         if not name or name in reached:
             continue
-        now = [item for item in imports_of(known[name].read_text(), package_of(name)) if not item.inside_function]
+        now = imported_by(name)
         reached[name] = {item.top for item in now if not item.ours}
         waiting += [item.name for item in now if item.ours] + [name.rpartition(".")[0]]
     return reached
