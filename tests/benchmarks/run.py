@@ -253,10 +253,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full-size", action="store_true", help="SDXL's true size, 1024 x 1024; needs a GPU")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing written: only shows that it runs")
+    parser.add_argument("--rounds", type=int, default=40, help="pairs of runs; fewer for a quick page (default: 40)")
     arguments = parser.parse_args()
     helper("host/boot.py").declare_missing_torchvision_operators()
     device, full = torch.device(arguments.device), arguments.full_size
-    rounds, side = 3 if arguments.quick else 40, 1024 if full else 64
+    rounds, side = 3 if arguments.quick else arguments.rounds, 1024 if full else 64
     host = helper("tiny/find_host.py").find_comfyui()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
