@@ -1,7 +1,6 @@
 """Learned tokens in the host's own text encoding: every prompt form, family and file layout."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -107,7 +106,7 @@ def test_unknown_triggers_stay_text_and_the_embedding_syntax_also_works(comfy, l
     taught = teach(clip, tokens(rows), "x")
     assert torch.equal(encode(comfy, taught, "a <bird> sings")[0], encode(comfy, clip, "a <bird> sings")[0])
     assert torch.equal(encode(comfy, taught, "a embedding:<dog>")[0], encode(comfy, taught, "a <dog>")[0])
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [message for message in caplog.messages if "embedding" in message]  # the host warns of unknown ones
 
 
 @pytest.mark.parametrize(("trained_on", "used_with"), [("sd15", "sd21"), ("sdxl", "sd15"), ("sd15", "sdxl")])
