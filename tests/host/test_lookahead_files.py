@@ -22,15 +22,20 @@ def authors_file(checkpoint, load_helper, tmp_path_factory):
 def folder(comfy, authors_file, checkpoint):
     """The host's folder of encoders, with that checkpoint in it, and its base among the host's checkpoints."""
     encoders = comfy.base / "models" / "lookahead_encoders"
-    shutil.rmtree(encoders, ignore_errors=True)  # other modules of this process may have left theirs
-    encoders.mkdir(parents=True)
+    encoders.mkdir(parents=True, exist_ok=True)
+    _empty(encoders)  # other modules of this process may have left theirs
     shutil.copy(authors_file, encoders)
     bases = comfy.base / "models" / "checkpoints"
     bases.mkdir(parents=True, exist_ok=True)
     shutil.copy(checkpoint("sdxl"), bases / BASE)
     yield encoders
-    shutil.rmtree(encoders)
-    (bases / BASE).unlink()  # the folder itself stays: the host remembers what it has listed
+    _empty(encoders)
+    (bases / BASE).unlink()  # the folders themselves stay: the host looks for all that it has listed before
+
+
+def _empty(folder):
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture
