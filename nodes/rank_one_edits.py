@@ -132,14 +132,15 @@ class RankOneEdits:
 
 def _hooks(edits: RankOneEdits, run: _Run, name: str, module: nn.Module) -> tuple[Callable, Callable]:
     """What runs before and after a projection."""
+    keys = name.endswith(KEYS)
 
     def before(_module: nn.Module, args: tuple) -> tuple | None:
         call = run.calls.get(edits)
-        return None if call is None else (call.edited(name, args[0]), *args[1:])
+        return None if call is None else (call.edited(keys, args[0]), *args[1:])
 
     def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
         call = run.calls.get(edits)
-        return None if call is None else output + call.answer(name, module, output)
+        return None if call is None else output + call.answer(name, keys, module, output)
 
     return before, after
 
@@ -158,34 +159,34 @@ class _Call:
         # Patches of other nodes may change the context from step to step and from layer to layer, windows cut it out of
         # a longer one; without uuids nobody knows.
         changing = any(name.startswith("attn2") for name in options.get("patches", ())) or "context_window" in options
-        self.kept = None if changing or run.changes or self.chunks[0][1] is None else run.made
+        passing = changing or run.changes or self.chunks[0][1] is None
+        self.kept: dict | None = None if passing else run.made.setdefault((edits, self.chunks), {})
+        """What was made of these prompts in the run, beside the layout that it was made for."""
         self.inputs: dict[bool, tuple[Tensor, Tensor, Scores]] = {}
         """What was read, what it was edited to and what that took away, where it is the superclass prompt's (True) and
         where it is the prompt itself: all layers read the same."""
 
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+    def _once(self, key: Any, like: Tensor, make: Callable[[], Any]) -> Any:
+        """Something made for tensors like this one; many calls a step ask for it."""
         if self.kept is None:
             return make()
-        key = (self.edits, self.chunks, *key)
-        if key not in self.kept:
-            self.kept[key] = make()
-        return self.kept[key]
+        layout = (like.shape, like.dtype, like.device)
+        known = self.kept.get(key)
+        if known is None or known[0] != layout:
+            known = self.kept[key] = (layout, make())
+        return known[1]
 
-    def edited(self, name: str, context: Tensor) -> Tensor:
-        """What a projection reads in the context's place."""
-        locked = self._locked(name)
+    def edited(self, keys: bool, context: Tensor) -> Tensor:
+        """What a projection, of keys or of values, reads in the context's place."""
+        locked = keys and self.has_superclass
         if locked not in self.inputs or self.inputs[locked][0] is not context:
             self.inputs[locked] = (context, *self._input(context, locked))
         return self.inputs[locked][1]
 
-    def answer(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
+    def answer(self, name: str, keys: bool, module: nn.Module, output: Tensor) -> Tensor:
         """What is added to a projection's output."""
-        key = ("output", name, output.shape, output.dtype, output.device)
-        return self._once(key, lambda: self._output(name, module, output, self.inputs[self._locked(name)][2]))
-
-    def _locked(self, name: str) -> bool:
-        """Whether a projection reads the superclass prompt where there is one."""
-        return self.has_superclass and name.endswith(KEYS)
+        scores = self.inputs[keys and self.has_superclass][2]
+        return self._once(name, output, lambda: self._output(name, module, output, scores))
 
     def _input(self, context: Tensor, locked: bool) -> tuple[Tensor, Scores]:
         """The encodings without what they have of the concepts, and what that was."""
@@ -195,7 +196,7 @@ class _Call:
             scores = self.edits.space.measure(seen)
             return edited_input(seen, scores, self.edits.space), scores
 
-        return self._once(("input", locked, tuple(context.shape), context.dtype, context.device), make)
+        return self._once(locked, context, make)
 
     def _superclass(self, context: Tensor) -> Tensor:
         """The context, in rows that have one with the encoding of the superclass prompt."""
