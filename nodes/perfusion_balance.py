@@ -17,7 +17,7 @@ from ._folders import JUDGES
 from ._network_folders import NONE, chosen_folder, folder_version, network_folders
 from .gate_sweep import decoded, in_plain_words, prompts_of, scored, sweep, with_gate
 from .learned_tokens import teach
-from .perfusion_prompts import encode
+from .perfusion_prompts import encode, with_words
 
 _MOST = 512
 """Pictures of a sweep: beyond these the contact sheet helps nobody."""
@@ -59,7 +59,12 @@ class PerfusionBalance(io.ComfyNode):
                     tooltip="One prompt per line, each with the concept's word or its number, such as {1}. Everyday "
                     "scenes that the training pictures do not show tell the most.",
                 ),
-                io.String.Input("negative", multiline=True, default="", tooltip="What the pictures should not show."),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    default="",
+                    tooltip="What the pictures should not show. {1}, {2} … stand for the concepts' words here, too.",
+                ),
                 io.String.Input(
                     "betas",
                     default="0.5, 0.6, 0.7, 0.8",
@@ -159,6 +164,7 @@ class PerfusionBalance(io.ComfyNode):
             raise ConfigError(_NO_CLIP)
         gates = [(b, t) for b in read_values(betas, "betas", BETAS) for t in read_values(taus, "taus", TAUS)]
         lines = prompts_of(prompts, concepts, number)
+        avoided = with_words(negative, concepts)
         plain = [in_plain_words(line, concepts) for line in lines]
         each = len(latent_image["samples"])
         count = len(gates) * len(lines) * each
@@ -178,7 +184,7 @@ class PerfusionBalance(io.ComfyNode):
                 model,
                 [with_gate(concepts, number, gate) for gate in gates],
                 [encode(clip, line, concepts, global_locking=global_locking) for line in lines],
-                clip.encode_from_tokens_scheduled(clip.tokenize(negative)),
+                encode(clip, avoided, concepts, global_locking=global_locking),
                 latent_image,
                 progress,
                 seed=seed,

@@ -77,7 +77,8 @@ def test_the_choice_is_the_tables_and_the_gate_is_set(run, scene):
     assert sheet.shape[0] == plot.shape[0] == 1 and sheet.std() > 0.05 and plot.std() > 0.01
 
 
-def test_pictures_are_those_of_the_sampler_from_the_same_noise(comfy, run, scene, monkeypatch):
+@pytest.mark.parametrize("negative", ["", "a {2}, <cup>"], ids=["without", "with"])
+def test_pictures_are_those_of_the_sampler_from_the_same_noise(comfy, run, scene, monkeypatch, negative):
     from comfyui_personalize.nodes import perfusion_balance
     from comfyui_personalize.nodes.gate_sweep import with_gate
     from comfyui_personalize.nodes.perfusion import KSamplerMultiConceptLocking
@@ -85,11 +86,11 @@ def test_pictures_are_those_of_the_sampler_from_the_same_noise(comfy, run, scene
     seen, decoded = [], perfusion_balance.decoded
     monkeypatch.setattr(perfusion_balance, "decoded", lambda vae, rows: seen.append(rows) or decoded(vae, rows))
     start = {"samples": torch.zeros(2, 4, 8, 8)}
-    run(betas="0.5", latent_image=start, prompts="a {1} on a {2}")
+    run(betas="0.5", latent_image=start, prompts="a {1} on a {2}", negative=negative)
     (found,) = seen
     gated = with_gate(scene.concepts, 1, (0.5, 0.15))
     (expected,) = KSamplerMultiConceptLocking.execute(
-        scene.model, scene.clip, gated, "a {1} on a {2}", "", 3, 2, 3.0, "euler", "normal", start, 1.0, True
+        scene.model, scene.clip, gated, "a {1} on a {2}", negative, 3, 2, 3.0, "euler", "normal", start, 1.0, True
     ).args
     assert torch.equal(found, expected["samples"])
 
@@ -150,6 +151,7 @@ def test_nothing_stays_on_the_model(run, scene):
         ({"prompts": "a {1}\na cup"}, "the prompt 'a cup' does not show the concept; write {1} or <cup>"),
         ({"prompts": " \n"}, "found no prompt"),
         ({"prompts": "a {1} on {3}"}, "asks for concept {3}, 2 are loaded"),
+        ({"negative": "{3}"}, "asks for concept {3}, 2 are loaded"),
         ({"number": 3}, "concept 3 is to be tried out, 2 are loaded"),
         ({"clip_folder": "none"}, "there is nothing to score with"),
         ({"clip_folder": "gone"}, "there is no folder 'gone'"),
