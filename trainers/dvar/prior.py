@@ -1,5 +1,6 @@
 """Which pictures of the class a training preserves: the dataset's, or such as the base model draws beforehand."""
 
+import warnings
 from dataclasses import replace
 
 from ...models.errors import ConfigError, DatasetError
@@ -19,7 +20,8 @@ def with_class_pictures(
 ) -> tuple[Dataset, Surroundings]:
     """The dataset with as many class pictures as asked for, and surroundings in which they are drawn if need be.
 
-    They are drawn, once for all runs of one folder, when everything that can be checked beforehand has been.
+    They are drawn, once for all runs of one folder, when everything that can be checked beforehand has been. Warns of
+    a prompt that nothing is drawn of.
 
     Raises:
         DatasetError: the dataset has class pictures, but fewer.
@@ -27,6 +29,12 @@ def with_class_pictures(
     """
     count, own = config.class_pictures, len(dataset.class_examples)
     if not count:
+        if config.class_prompt.strip() and not own and (around.ranks or Ranks()).is_writer:
+            warnings.warn(
+                "class_prompt has no effect while class_pictures is 0 and the dataset has no class pictures; set "
+                "class_pictures, such as to 200, for the base model to draw them",
+                stacklevel=2,
+            )
         return dataset, around
     if own:
         if own < count:

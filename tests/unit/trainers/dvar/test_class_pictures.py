@@ -10,6 +10,8 @@ from comfyui_personalize.trainers.base import TrainingBase
 from comfyui_personalize.trainers.class_pictures import ClassPictures
 from comfyui_personalize.trainers.dvar import custom_diffusion, dreambooth
 from comfyui_personalize.trainers.dvar.config import CustomDiffusionConfig, DreamBoothConfig
+from comfyui_personalize.trainers.dvar.prior import with_class_pictures
+from comfyui_personalize.trainers.preparation import Surroundings
 from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.ranks import Ranks
 
@@ -53,7 +55,7 @@ def test_the_base_model_draws_what_the_dataset_lacks(family, run, tiny, monkeypa
     assert pictures[0].text["prompt"] == "a photo of a dog"
     again = run(family, name="again")
     assert len(loads) == 3 and again.train.losses == first.train.losses
-    other = run(family, name="other", class_pictures=0)
+    other = run(family, name="other", class_pictures=0, class_prompt="")
     assert other.train.losses != first.train.losses
 
 
@@ -96,6 +98,21 @@ def test_pictures_of_the_dataset_are_counted(run, tiny):
     with pytest.raises(DatasetError, match="has 3 class pictures and class_pictures asks for 4; add more"):
         run(dataset=dataset, class_pictures=4)
     assert run(dataset=dataset, class_pictures=2).train.steps == 2 and not drawn(tiny)
+
+
+def test_a_prompt_that_nothing_is_drawn_of_is_warned_of(tiny, recwarn):
+    def told(dataset=None, ranks=None, **settings):
+        """What is said of pictures that are not to be drawn."""
+        config, around = DreamBoothConfig(class_pictures=0, **settings), Surroundings(torch.device("cpu"), ranks=ranks)
+        dataset = dataset or tiny.dataset(DOG)
+        assert with_class_pictures(config, None, dataset, None, around) == (dataset, around)
+        return [str(recwarn.pop().message) for _ in range(len(recwarn))]
+
+    (said,) = told(class_prompt="a photo of a dog")
+    assert said.startswith("class_prompt has no effect while class_pictures is 0") and "set class_pictures" in said
+    assert not told(class_prompt=" ")
+    assert not told(class_prompt="a dog", dataset=tiny.dataset(DOG, class_caption="a dog"))
+    assert not told(class_prompt="a dog", ranks=Second())
 
 
 def test_nothing_is_drawn_for_a_run_that_is_refused(run, tiny):
