@@ -72,6 +72,11 @@ def file_version(*paths: Path | None) -> str:
     return "|".join(parts)
 
 
+def model_version(kind: str, *names: str | None) -> str:
+    """The same for files in one of the host's model folders; what is linked, or is no file's name, does not count."""
+    return file_version(*(find_model_file(kind, name) for name in names if name))
+
+
 def _hidden_roots() -> list[str]:
     """What messages need not say of a path: the host's own folders, and those above its folders of models.
 

@@ -88,7 +88,7 @@ class LoadCustomDiffusion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, custom_name=None, **_others) -> str:
-        return _host.file_version(_host.find_model_file(CUSTOM_DIFFUSIONS, custom_name) if custom_name else None)
+        return _host.model_version(CUSTOM_DIFFUSIONS, custom_name)
 
     @classmethod
     def execute(cls, model, custom_name, strength, clip=None) -> io.NodeOutput:

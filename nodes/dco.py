@@ -152,7 +152,7 @@ class LoadLearnedTokens(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, embedding_name, **_others) -> str:
-        return _host.file_version(_host.find_model_file("embeddings", embedding_name) if embedding_name else None)
+        return _host.model_version("embeddings", embedding_name)
 
     @classmethod
     def execute(cls, clip, embedding_name, trigger="") -> io.NodeOutput:

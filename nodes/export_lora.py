@@ -56,7 +56,7 @@ class ExportLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name=None, **_others) -> str:
-        return _host.file_version(_host.find_model_file("loras", lora_name) if lora_name else None)
+        return _host.model_version("loras", lora_name)
 
     @classmethod
     def execute(cls, lora_name, layout, family, output_name, overwrite=False) -> io.NodeOutput:

@@ -181,7 +181,7 @@ class LoadIdentity(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, identity_name=None) -> str:
-        return _host.file_version(_host.find_model_file(IDENTITIES, identity_name) if identity_name else None)
+        return _host.model_version(IDENTITIES, identity_name)
 
     @classmethod
     def execute(cls, identity_name) -> io.NodeOutput:

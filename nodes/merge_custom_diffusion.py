@@ -73,9 +73,7 @@ class MergeCustomDiffusion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
-        names = [inputs.get(name) for name in _NAMES]
-        found = [_host.find_model_file(CUSTOM_DIFFUSIONS, name) for name in names if name not in (None, NONE)]
-        return _host.file_version(*found)
+        return _host.model_version(CUSTOM_DIFFUSIONS, *(inputs.get(name) for name in _NAMES))
 
     @classmethod
     def execute(

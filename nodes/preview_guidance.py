@@ -93,7 +93,7 @@ class LookaheadPreviewGuidance(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_others) -> str:
-        return _host.file_version(_host.find_model_file("loras", lora_name) if lora_name else None)
+        return _host.model_version("loras", lora_name)
 
     @classmethod
     def execute(cls, guider, losses, lora_name, scale, start_percent, end_percent, gradient, vae=None) -> io.NodeOutput:

@@ -256,7 +256,7 @@ class IdentityLossNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, face_network, **_others) -> str:
-        return _host.file_version(_host.find_model_file(FACE_NETWORKS, face_network) if face_network else None)
+        return _host.model_version(FACE_NETWORKS, face_network)
 
     @classmethod
     def execute(cls, face_network, image, weight, mask=None, losses=None) -> io.NodeOutput:

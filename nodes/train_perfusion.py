@@ -96,7 +96,7 @@ class TrainPerfusion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, covariance_name=None, **_others) -> str:
-        return _host.file_version(_host.find_model_file(COVARIANCES, covariance_name) if covariance_name else None)
+        return _host.model_version(COVARIANCES, covariance_name)
 
     @classmethod
     def execute(

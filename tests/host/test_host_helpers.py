@@ -110,6 +110,20 @@ def test_a_file_written_again_has_another_version(comfy, tmp_path):
     assert file_version(tmp_path / "absent") == ""
 
 
+def test_a_listed_file_written_again_has_another_version(comfy):
+    from comfyui_personalize.nodes._host import file_version, model_version, save_folder
+
+    path = save_folder("loras") / "version.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"1")
+    first = model_version("loras", None, path.name, "(none)", "")
+    assert first == file_version(path) != ""
+    os.utime(path, ns=(1, 1))
+    assert model_version("loras", path.name) != first
+    path.unlink()
+    assert model_version("loras", path.name) == ""
+
+
 @pytest.fixture
 def picture_folders(comfy, tmp_path, monkeypatch):
     """picture_folders(*files) -> folders that the dataset node offers when the input folder holds these files."""
