@@ -1,6 +1,7 @@
 """The same prompts and noise under one gate of a Perfusion concept after the other, and how the pictures score."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ Gate = tuple[float, float]
 
 def with_gate(concepts: Sequence[GatedConcept], number: int, gate: Gate) -> tuple[GatedConcept, ...]:
     """The chain with another gate for the concept of that number, counted from 1."""
+    beta, tau = gate
     return tuple(
-        GatedConcept(gated.concept, *gate) if place == number else gated for place, gated in enumerate(concepts, 1)
+        replace(gated, beta=beta, tau=tau) if place == number else gated for place, gated in enumerate(concepts, 1)
     )
 
 

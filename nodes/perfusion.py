@@ -13,6 +13,7 @@ from .perfusion_concepts import joined, words_of
 from .perfusion_prompts import encode, with_words
 from .rank_one_edits import GatedConcept, attach
 
+EVERYWHERE, BY_THE_GATE = "everywhere", "where the gate opens"
 GLOBAL_LOCKING = (
     "Keys, which decide where a concept goes, see the prompt with the superclass word in its place (the paper's global "
     "key locking). Keeps poses and layouts freer, and costs nothing while sampling."
@@ -61,6 +62,15 @@ class LoadPerfusionConcept(io.ComfyNode):
                     default="",
                     tooltip="Word to use in prompts instead of the file's, such as <teddy>. Usually empty.",
                 ),
+                io.Combo.Input(
+                    "removal",
+                    options=[EVERYWHERE, BY_THE_GATE],
+                    default=EVERYWHERE,
+                    optional=True,
+                    tooltip="Which words lose what they have of the concept's direction. Everywhere is the paper's and "
+                    "what concepts are trained with; where the gate opens leaves other words, such as the superclass, "
+                    "as they are, and makes a very high beta switch the concept off.",
+                ),
                 _sockets.Concepts.Input("concepts", optional=True, tooltip="Concepts loaded before this one."),
             ],
             outputs=[
@@ -78,12 +88,12 @@ class LoadPerfusionConcept(io.ComfyNode):
         return _host.file_version(_host.find_model_file(CONCEPTS, concept_name) if concept_name else None)
 
     @classmethod
-    def execute(cls, concept_name, beta, tau, enabled, trigger="", concepts=()) -> io.NodeOutput:
+    def execute(cls, concept_name, beta, tau, enabled, trigger="", removal=EVERYWHERE, concepts=()) -> io.NodeOutput:
         loaded = tuple(concepts)
         if enabled:
             with _host.short_paths():
                 concept = read_concept(_host.model_path(CONCEPTS, concept_name), trigger.strip())
-            loaded = joined(loaded, [GatedConcept(concept, beta, tau)])
+            loaded = joined(loaded, [GatedConcept(concept, beta, tau, removal == BY_THE_GATE)])
         return io.NodeOutput(loaded, words_of(loaded))
 
 

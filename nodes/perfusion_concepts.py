@@ -43,7 +43,7 @@ class InspectPerfusionConcepts(io.ComfyNode):
         together = joined(concepts, more)
         if not together:
             raise ConfigError("there are no concepts; switch at least one Load Perfusion Concept on")
-        parts = [describe_concept(gated.concept, gated.beta, gated.tau) for gated in together]
+        parts = [describe_concept(one.concept, one.beta, one.tau, one.gated_removal) for one in together]
         if len(together) > 1:
             parts.append(describe_company([gated.concept for gated in together]))
         text = "\n\n".join(parts)

@@ -38,6 +38,8 @@ class GatedConcept:
     concept: Concept
     beta: float
     tau: float
+    gated_removal: bool = False
+    """As of models.perfusion.Target."""
 
 
 @dataclass
@@ -95,7 +97,10 @@ class RankOneEdits:
         self.concepts = tuple(concepts)
         self.within = within
         self.space: EditSpace = edit_space(
-            [gated.concept for gated in concepts], [gated.beta for gated in concepts], [gated.tau for gated in concepts]
+            [gated.concept for gated in concepts],
+            [gated.beta for gated in concepts],
+            [gated.tau for gated in concepts],
+            [gated.gated_removal for gated in concepts],
         )
         names = host_names(model)
         self.projections = {name: own for name, own in names.items() if name.endswith((KEYS, VALUES))}

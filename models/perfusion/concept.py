@@ -44,9 +44,9 @@ class Concept:
     def trigger(self) -> str:
         return self.embedding.trigger
 
-    def target(self, beta: float, tau: float) -> Target:
+    def target(self, beta: float, tau: float, gated_removal: bool = False) -> Target:
         """Its place among the encodings, with a gate."""
-        return Target(self.parts.target_input, self.parts.dual, beta, tau)
+        return Target(self.parts.target_input, self.parts.dual, beta, tau, gated_removal)
 
     def target_output(self, module: str, project: Callable[[Tensor], Tensor]) -> Tensor:
         """What one projection answers to the concept, (1 or positions, out).
@@ -82,11 +82,16 @@ class Concept:
                 )
 
 
-def edit_space(concepts: Sequence[Concept], betas: Sequence[float], taus: Sequence[float]) -> EditSpace:
+def edit_space(
+    concepts: Sequence[Concept],
+    betas: Sequence[float],
+    taus: Sequence[float],
+    gated_removal: Sequence[bool] | None = None,
+) -> EditSpace:
     """The edit of several concepts at once; their order does not matter.
 
     Args:
-        betas, taus: one per concept.
+        betas, taus, gated_removal: one per concept, as in Target; None is the paper's removal for all.
 
     Raises:
         ConfigError: a word used twice, or a gate that is none.
@@ -101,7 +106,8 @@ def edit_space(concepts: Sequence[Concept], betas: Sequence[float], taus: Sequen
                 f"{concepts[0].name} and {concept.name} were trained with different covariances "
                 f"({concepts[0].covariance} and {concept.covariance}); train them with the same covariance file"
             )
-    return EditSpace([concept.target(*gate) for concept, *gate in zip(concepts, betas, taus)])
+    gated_removal = gated_removal or [False] * len(concepts)
+    return EditSpace([concept.target(*gate) for concept, *gate in zip(concepts, betas, taus, gated_removal)])
 
 
 def concept_tensors(concept: Concept, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:

@@ -31,6 +31,9 @@ class Target:
     """Similarity at which the gate is half open: 0 for an encoding unlike i*, 1 for i* itself; inf keeps it closed."""
     tau: float = TAU
     """Softness of the gate."""
+    gated_removal: bool = False
+    """Whether encodings lose the concept's direction only as far as the gate opens. The paper and the authors take it
+    from every encoding, so that words which are like the concept's lose it, too, and a closed gate is no switch."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class EditSpace:
         self._gates = finished(duals / energies.unsqueeze(1))
         self._betas = finished(torch.tensor([target.beta for target in targets]))
         self._taus = finished(torch.tensor([target.tau for target in targets]))
+        gated = [target.gated_removal for target in targets]
+        # i*_c = Σⱼ within_cj uⱼ: components along the concepts, which gates can weigh, and back along the basis.
+        within = vectors @ (mix @ duals).T
+        self._along = [finished(rows) for rows in (torch.linalg.pinv(within.T), within.T)] if any(gated) else None
+        self._gated_removal = finished(torch.tensor(gated))
 
     @property
     def width(self) -> int:
@@ -106,7 +114,8 @@ class EditSpace:
     def measure(self, encodings: Tensor) -> Scores:
         """Gates and components of encodings (batch, tokens, dim), with gradient to the encodings.
 
-        σ((xᵀ C⁻¹ i* / i*ᵀ C⁻¹ i* - β) / τ) for each concept, and xᵀ C⁻¹ u for each u.
+        σ((xᵀ C⁻¹ i* / i*ᵀ C⁻¹ i* - β) / τ) for each concept, and xᵀ C⁻¹ u for each u, without what is left by the gates
+        of concepts with ``gated_removal``.
         """
         if encodings.shape[-1] != self.width:
             raise ConfigError(
@@ -116,7 +125,12 @@ class EditSpace:
         encodings = encodings.float()
         similarities = _products(encodings, self._gates)
         gates = torch.sigmoid((similarities - self._betas) / self._taus)
-        return Scores(gates, _products(encodings, self._duals))
+        components = _products(encodings, self._duals)
+        if self._along is not None:
+            concepts, basis = self._along
+            left = (1 - gates) * self._gated_removal.to(gates.device)
+            components = components - _products(left * _products(components, concepts), basis)
+        return Scores(gates, components)
 
 
 def _check(targets: Sequence[Target]) -> None:

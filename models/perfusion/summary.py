@@ -14,7 +14,7 @@ _TOLD = ("steps", "learning_rate", "batch_size", "gradient_accumulation", "beta"
 """Settings of a training that the text repeats, in this order."""
 
 
-def describe_concept(concept: Concept, beta: float, tau: float) -> str:
+def describe_concept(concept: Concept, beta: float, tau: float, gated_removal: bool = False) -> str:
     """A concept with its gate as a Markdown table of two columns."""
     values = {module: rows for module, rows in concept.parts.outputs.items() if module.endswith(VALUE)}
     widths = sorted({rows.shape[1] for rows in values.values()})
@@ -37,7 +37,8 @@ def describe_concept(concept: Concept, beta: float, tau: float) -> str:
         "keys": "the superclass's encoding, projected" if concept.parts.superclass_input is not None else "stored",
         "numbers": f"{size // 4:,}, {size / 2000:.0f} KB in fp16",
         "covariance": f"`{concept.covariance}`",
-        "gate": f"beta {beta:g}, tau {tau:g}: {gate:.0%} open for its own word",
+        "gate": f"beta {beta:g}, tau {tau:g}: {gate:.0%} open for its own word"
+        + (", which alone loses its direction" if gated_removal else ""),
         "training": _training(concept),
     }
     return "\n".join(

@@ -121,6 +121,18 @@ def test_concepts_switched_off_are_the_plain_model_bit_for_bit(comfy, tools, sce
     assert torch.equal(tools.ksample(model, *prompts), tools.ksample(one.model, *plain))
 
 
+@pytest.mark.parametrize(("prompt", "beta"), [("paris at night", 0.95), ("a <cup> and a <bear> in paris", 4.0)])
+def test_gated_removal_leaves_other_prompts_and_those_of_closed_gates_alone(comfy, tools, scene, prompt, beta):
+    from dataclasses import replace
+
+    two = scene(count=2, beta=beta, tau=0.01)
+    words = two.apply()[1]
+    plain = tools.ksample(two.model, *(encode(comfy, words, text) for text in (prompt, "blurry")))
+    gated = [replace(concept, gated_removal=True) for concept in two.concepts]
+    assert tools.relative(two.sample(tools, prompt, gated), plain) < 1e-5
+    assert tools.relative(two.sample(tools, prompt), plain) > 1e-3
+
+
 def test_rows_of_a_batch_do_not_see_each_other(tools, scene):
     two = scene(count=2)
     start = {"samples": torch.zeros(2, 4, 8, 8)}
@@ -383,7 +395,7 @@ def test_files_are_chained_and_a_taken_word_is_numbered(tools, scene, folder, ca
     from dataclasses import replace
 
     from comfyui_personalize.models.perfusion import write_concept
-    from comfyui_personalize.nodes.perfusion import LoadPerfusionConcept
+    from comfyui_personalize.nodes.perfusion import BY_THE_GATE, LoadPerfusionConcept
 
     one = scene()
     concept = replace(one.concepts[0].concept, family="sd15")
@@ -402,6 +414,7 @@ def test_files_are_chained_and_a_taken_word_is_numbered(tools, scene, folder, ca
     assert load(concepts=both)[1] == "<cup>, <cup-2>, <cup-3>"
     assert load(trigger="<mug>", concepts=first)[1] == "<cup>, <mug>"
     assert load(enabled=False, concepts=first) == (first, "<cup>")
+    assert [load(**chosen)[0][0].gated_removal for chosen in ({}, {"removal": BY_THE_GATE})] == [False, True]
 
 
 # What is refused

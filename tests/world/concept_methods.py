@@ -97,10 +97,18 @@ def _place(job: Job, method: str) -> OutputPlace:
 class ConceptPainter(Painter):
     """Draws with Perfusion concepts, each behind its gate."""
 
-    def __init__(self, checkpoint: Path, concepts: Sequence[Concept], *, beta: float = BETA, tau: float = TAU) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        concepts: Sequence[Concept],
+        *,
+        beta: float = BETA,
+        tau: float = TAU,
+        gated_removal: bool = False,
+    ) -> None:
         super().__init__(checkpoint, [_word(concept.embedding, concept.superclass) for concept in concepts])
         self._words = {concept.trigger: concept.superclass for concept in concepts}
-        self.space = edit_space(concepts, [beta] * len(concepts), [tau] * len(concepts))
+        self.space = edit_space(concepts, *([setting] * len(concepts) for setting in (beta, tau, gated_removal)))
         outputs = {
             name: [concept.target_output(name, lambda rows, own=module: project(own, rows)) for concept in concepts]
             for name, module in cross_projections(self._unet).items()

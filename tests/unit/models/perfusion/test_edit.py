@@ -33,8 +33,8 @@ INVERSE = positive_definite()
 WEIGHT = draws(OUT, DIM, seed=1)
 
 
-def target(vector, beta=0.7, tau=0.15):
-    return Target(vector, INVERSE @ vector, beta, tau)
+def target(vector, beta=0.7, tau=0.15, gated_removal=False):
+    return Target(vector, INVERSE @ vector, beta, tau, gated_removal)
 
 
 def edited(space, x, *outputs, weight=WEIGHT):
@@ -89,6 +89,39 @@ def test_a_closed_gate_is_the_plain_model_for_encodings_without_the_concept(beta
     x = orthogonal_to(x, i)
     answer = edited(EditSpace([target(i, beta)]), x, torch.full((1, OUT), 100.0))
     torch.testing.assert_close(answer, F.linear(x, WEIGHT), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [10.0, math.inf])
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_closed_gate_with_gated_removal_is_the_plain_model_for_every_encoding(beta, others):
+    vectors, x = draws(1 + others, DIM, seed=2), draws(2, TOKENS, DIM, seed=3)
+    space = EditSpace([target(vector, beta, gated_removal=True) for vector in vectors])
+    answer = edited(space, x, *torch.full((1 + others, 1, OUT), 100.0))
+    torch.testing.assert_close(answer, F.linear(x, WEIGHT), rtol=1e-5, atol=1e-5)
+
+
+def test_gated_removal_takes_what_the_gate_lets_through():
+    i, x, output = draws(DIM, seed=2), draws(2, TOKENS, DIM, seed=3), draws(1, OUT, seed=4)
+    share = ((x @ INVERSE @ i) / (i @ INVERSE @ i)).unsqueeze(-1)
+    gate = torch.sigmoid((share - 0.7) / 0.15)
+    expected = F.linear(x, WEIGHT) + gate * (output - share * F.linear(i, WEIGHT))
+    torch.testing.assert_close(edited(EditSpace([target(i, gated_removal=True)]), x, output), expected)
+
+
+def test_a_concept_with_a_closed_gate_and_gated_removal_is_not_there_for_the_others():
+    first, second, x = draws(DIM, seed=2), draws(DIM, seed=5), draws(2, TOKENS, DIM, seed=3)
+    second = orthogonal_to(second, first)
+    outputs = draws(2, 1, OUT, seed=4)
+    together = EditSpace([target(first), target(second, math.inf, gated_removal=True)])
+    torch.testing.assert_close(edited(together, x, *outputs), edited(EditSpace([target(first)]), x, outputs[0]))
+
+
+def test_open_gates_take_away_the_same_with_gated_removal():
+    vectors, x, outputs = draws(3, DIM, seed=2), draws(2, TOKENS, DIM, seed=3), draws(3, 1, OUT, seed=4)
+    vectors = torch.cat([vectors, vectors[:1]])  # a span of fewer dimensions than concepts
+    outputs = torch.cat([outputs, outputs[:1]])
+    plain, gated = (EditSpace([target(v, -math.inf, gated_removal=own) for v in vectors]) for own in (False, True))
+    torch.testing.assert_close(edited(gated, x, *outputs), edited(plain, x, *outputs), rtol=1e-4, atol=1e-4)
 
 
 def test_strength_zero_is_the_plain_projection_bit_for_bit():
