@@ -118,8 +118,11 @@ def open_base(
 
 
 def load_other_vae(path: str | Path, family: Family, dtype: torch.dtype, device: torch.device | str) -> Autoencoder:
-    """An autoencoder besides a base's own, such as a TAESD for quick previews; errors as open_base."""
-    return load_autoencoder(_open_vae(Path(path), family), family, dtype, device)
+    """An autoencoder besides a base's own, such as a TAESD for quick previews; errors as open_base.
+
+    It may be a TAESD's decoder alone, which cannot encode.
+    """
+    return load_autoencoder(_open_vae(Path(path), family, decoder_alone=True), family, dtype, device)
 
 
 def _fields(base: TrainingBase) -> dict[str, object]:
@@ -156,13 +159,13 @@ def _open_folder(path: Path, vae: str | Path | None) -> TrainingBase:
     )
 
 
-def _open_vae(path: Path, family: Family) -> Component:
+def _open_vae(path: Path, family: Family, *, decoder_alone: bool = False) -> Component:
     if path.is_dir():
         return diffusers_folder.folder_vae(path)
     if not path.is_file():
         raise FormatError(f"{path}: no such VAE file or folder; check the path")
     with missing_weights_named(path.name):
-        return single_file.vae_component(Weights.open(path), family)
+        return single_file.vae_component(Weights.open(path), family, decoder_alone=decoder_alone)
 
 
 def _download(name: str) -> Path:

@@ -19,7 +19,8 @@ class Component:
     """One part of a base: the arguments of its class, and where its weights lie and under which names."""
 
     kind: str
-    """``unet``, ``text``, ``text_projection`` (a text encoder with its projection), ``vae`` or ``tiny_vae``."""
+    """``unet``, ``text``, ``text_projection`` (a text encoder with its projection), ``vae``, ``tiny_vae`` or
+    ``tiny_decoder``."""
     config: dict[str, Any]
     weights: Weights
     names: tuple[str, ...]
@@ -119,12 +120,19 @@ def _tiny_vae(config: dict[str, Any]) -> nn.Module:
     return AutoencoderTiny.from_config({key: config[key] for key in config if key != "block_out_channels"})
 
 
+def _tiny_decoder(config: dict[str, Any]) -> nn.Module:
+    module = _tiny_vae(config)
+    del module.encoder
+    return module
+
+
 _BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "unet": _unet,
     "text": _text,
     "text_projection": _text_projection,
     "vae": _vae,
     "tiny_vae": _tiny_vae,
+    "tiny_decoder": _tiny_decoder,
 }
 
 

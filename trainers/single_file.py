@@ -1,5 +1,7 @@
 """The parts of a single-file checkpoint: UNet, text encoders and autoencoder in their original layout."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -221,21 +223,36 @@ def open_clip_to_transformers(tensors: Tensors, *, layers: int) -> Tensors:
     return converted
 
 
-def vae_component(weights: Weights, family: Family) -> Component:
-    """The autoencoder, of a whole checkpoint or of a file of its own, in the original, diffusers' or TAESD's layout."""
+_TINY_VAE = ("taesd_decoder.1.weight", "decoder.layers.0.weight")
+"""The first weight of a TAESD's decoder beside its encoder: in a checkpoint, and as diffusers saves them."""
+_TINY_DECODER = "1.weight"
+"""The same in a file of its own, as the authors publish both halves and ComfyUI keeps them."""
+_TAESD_LAYER = re.compile(r"(?:taesd_(encoder|decoder)\.)?(\d{1,3})\.(.+)")
+
+
+def vae_component(weights: Weights, family: Family, *, decoder_alone: bool = False) -> Component:
+    """The autoencoder, of a whole checkpoint or of a file of its own, in the original, diffusers' or TAESD's layout.
+
+    Args:
+        decoder_alone: whether a TAESD's decoder without its encoder does, too.
+    """
     prefix = next((p for p in (VAE, "vae.") if any(name.startswith(p) for name in weights.shapes)), "")
     shapes = weights.under(prefix)
-    if "taesd_decoder.1.weight" in shapes:
-        return _tiny_vae_component(weights, prefix, shapes)
-    if "decoder.conv_in.weight" not in shapes or "encoder.conv_in.weight" not in shapes:
+    tiny = (*_TINY_VAE, _TINY_DECODER) if decoder_alone else _TINY_VAE
+    full = ("decoder.conv_in.weight",) if "encoder.conv_in.weight" in shapes else ()
+    first = next((name for name in (*tiny, *full) if name in shapes), None)
+    if first is None:
         raise IncompatibleModelError(
             f"{weights.name}: found no autoencoder (VAE); choose a checkpoint that has one, or give a VAE beside it"
         )
-    if shapes["decoder.conv_in.weight"][1] != 4 or len(shapes["decoder.conv_in.weight"]) != 4:
+    channels = (*shapes[first], 0, 0)[1]
+    if channels != 4 or len(shapes[first]) != 4:
         raise IncompatibleModelError(
-            f"{weights.name}: found an autoencoder with {shapes['decoder.conv_in.weight'][1]} latent channels; "
-            f"{family.label} needs one with 4, choose an {family.label} VAE"
+            f"{weights.name}: found an autoencoder with {channels} latent channels; {family.label} needs one with 4, "
+            f"choose an {family.label} VAE"
         )
+    if first in tiny:
+        return _tiny_vae_component(weights, prefix, shapes, alone=first == _TINY_DECODER)
     config = vae_config(shapes, family.latent_scale)
 
     def convert(tensors: Tensors) -> Tensors:
@@ -261,17 +278,19 @@ def modern_vae_names(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def _tiny_vae_component(weights: Weights, prefix: str, shapes: Shapes) -> Component:
-    names = tuple(prefix + name for name in shapes if name.startswith(("taesd_encoder.", "taesd_decoder.")))
+def _tiny_vae_component(weights: Weights, prefix: str, shapes: Shapes, *, alone: bool) -> Component:
+    halves = ("taesd_encoder.", "taesd_decoder.", "encoder.layers.", "decoder.layers.")
+    names = tuple(prefix + name for name in shapes if alone or name.startswith(halves))
 
     def convert(tensors: Tensors) -> Tensors:
         converted: Tensors = {}
         for name, tensor in tensors.items():
-            half, number, rest = name.removeprefix(prefix).removeprefix("taesd_").split(".", 2)
-            # TAESD's decoder begins with a clamp, which diffusers applies outside its numbered layers.
-            place = int(number) - (half == "decoder")
-            converted[f"{half}.layers.{place}.{rest}"] = tensor
+            name = name.removeprefix(prefix)
+            if numbered := _TAESD_LAYER.fullmatch(name):
+                half = numbered[1] or "decoder"
+                # TAESD's decoder begins with a clamp, which diffusers applies outside its numbered layers.
+                name = f"{half}.layers.{int(numbered[2]) - (half == 'decoder')}.{numbered[3]}"
+            converted[name] = tensor
         return converted
 
-    config = {"latent_channels": shapes["taesd_decoder.1.weight"][1]}
-    return Component("tiny_vae", config, weights, names, convert)
+    return Component("tiny_decoder" if alone else "tiny_vae", {}, weights, names, convert)

@@ -82,8 +82,8 @@ def load_autoencoder(
     module = component.load(dtype, device)
     if component.kind == "vae":
         return Autoencoder(module, family.latent_scale, raw_scale=None)
-    if any(name.endswith("encoder.layers.0.weight") for name in component.names):
-        # A TAESD saved by diffusers gives scaled latents; one inside a checkpoint says what it gives.
+    if not any("taesd_" in name for name in component.names):
+        # A TAESD in files of its own knows scaled latents; one inside a checkpoint says which it knows.
         return Autoencoder(module, family.latent_scale, raw_scale=family.latent_scale)
     prefix = component.names[0].split("taesd_")[0]
     numbers = component.weights.read([f"{prefix}vae_scale", f"{prefix}vae_shift"], torch.float32)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from comfyui_personalize.models.errors import ConfigError, FormatError, IncompatibleModelError
 from comfyui_personalize.models.families import FAMILIES
-from comfyui_personalize.trainers.base import open_base
+from comfyui_personalize.trainers.base import load_other_vae, open_base
 from comfyui_personalize.trainers.text import PromptEncoder
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -190,6 +190,43 @@ def test_separate_autoencoder(weights_of, tmp_path, tiny_checkpoint, load_helper
             tmp_path / "flux_vae.safetensors",
         )
         open_base(tiny_checkpoint("sd15"), vae=tmp_path / "flux_vae.safetensors")
+
+
+def test_a_taesd_in_every_layout(weights_of, tmp_path, tiny_checkpoint):
+    weights, base = weights_of("sdxl"), open_base(tiny_checkpoint("sdxl"))
+    halves = {
+        half: {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)}
+        for half in ("encoder", "decoder")
+        for name in [f"{VAE}taesd_{half}."]
+    }
+    for half, tensors in halves.items():  # as the authors publish them
+        save_file(tensors, tmp_path / f"taesdxl_{half}.safetensors")
+    torch.save(halves["decoder"], tmp_path / "taesdxl_decoder.pth")
+    base.load_vae().module.save_pretrained(tmp_path / "folder")
+    whole = (tmp_path / "folder", tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
+    decoders = (tmp_path / "taesdxl_decoder.safetensors", tmp_path / "taesdxl_decoder.pth")
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = base.load_vae().decode(latents)
+    for path in (*whole, *decoders):
+        found = load_other_vae(path, base.family, torch.float32, "cpu").decode(latents)
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)  # the checkpoint's own scale is rounded
+    pictures = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    folder, file = (open_base(tiny_checkpoint("sdxl"), vae=path).load_vae().encode_moments(pictures) for path in whole)
+    assert torch.equal(folder[0], file[0])
+
+    with pytest.raises(IncompatibleModelError, match="taesdxl_decoder.safetensors: found no autoencoder"):
+        open_base(tiny_checkpoint("sdxl"), vae=decoders[0])
+    for change, message in (
+        ({"1.weight": torch.zeros(64, 16, 3, 3)}, "16 latent channels"),
+        ({"1.weight": torch.zeros(64)}, "0 latent channels"),
+        ({"strange": torch.zeros(1)}, r"has unknown weights \(1, such as strange"),
+        ({"1.bias": torch.zeros(3)}, r"has misshapen weights \(1, such as decoder.layers.0.bias"),
+    ):
+        save_file(halves["decoder"] | change, tmp_path / "other.safetensors")
+        with pytest.raises(IncompatibleModelError, match=f"other.safetensors: .*{message}"):
+            load_other_vae(tmp_path / "other.safetensors", base.family, torch.float32, "cpu")
+    with pytest.raises(IncompatibleModelError, match="taesdxl_encoder.safetensors: found no autoencoder"):
+        load_other_vae(tmp_path / "taesdxl_encoder.safetensors", base.family, torch.float32, "cpu")
 
 
 def test_kl_autoencoder_of_a_folder_with_names_of_old(tmp_path, tiny_checkpoint):
