@@ -30,11 +30,12 @@ from .preview_guidance import LookaheadPreviewGuidance
 from .preview_losses import ClipLossNode, IdentityLossNode, PictureLossNode
 from .prompts import PromptBatch
 from .scores import PersonalizationScores
+from .stopping import StopDVAR, StopFixed
 from .subject_masks import SoftSubjectMasks
 from .train_dco import TrainDCO
 from .train_lookahead import TrainLookaheadEncoder
 from .train_perfusion import EstimateTextCovariance, TrainPerfusion
-from .training_base import LoadTrainingBase, StopDVAR, StopFixed
+from .training_base import LoadTrainingBase
 
 NODES: list[type[io.ComfyNode]] = [
     TrainingPicture,

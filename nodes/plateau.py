@@ -11,7 +11,7 @@ from . import _host, _sockets
 from ._choices import first_refusal, known
 from ._folders import JUDGES
 from ._network_folders import NONE, chosen_folder, folder_version, network_folders
-from .training_base import CUSTOM
+from .stopping import known_preset, preset_input
 
 _FILES = "clip_vision/"
 """Begins the names of single files in the list, so that they are told from folders."""
@@ -30,13 +30,7 @@ class StopCLIPPlateau(io.ComfyNode):
             description="Ends a training when the pictures that it samples no longer become more like the training "
             "pictures, as CLIP sees them. Each check takes as long as sampling all its pictures.",
             inputs=[  # append only: workflows store widget values by position
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, CUSTOM],
-                    default="dreambooth",
-                    tooltip="The authors' patience, eps, sampling steps and guidance for a method; dreambooth suits "
-                    "LoRAs. custom takes the numbers below, which the others ignore.",
-                ),
+                preset_input("patience, eps, sampling steps and guidance"),
                 io.Combo.Input(
                     "clip_folder",
                     options=[NONE, *_clips()],
@@ -120,9 +114,7 @@ class StopCLIPPlateau(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, preset=None, clip_folder=None) -> bool | str:
-        return first_refusal(
-            [known("preset", preset, [*PRESETS, CUSTOM]), known("CLIP", clip_folder, [NONE, *_clips()])]
-        )
+        return first_refusal([known_preset(preset), known("CLIP", clip_folder, [NONE, *_clips()])])
 
     @classmethod
     def fingerprint_inputs(cls, clip_folder=None, **_others) -> str:

@@ -71,7 +71,7 @@ def test_a_textual_inversion_is_an_embedding_of_the_host(family, comfy, train, s
 
 def test_dvar_stops_a_textual_inversion(comfy, train):
     from comfyui_personalize.nodes.dvar import TrainTextualInversion
-    from comfyui_personalize.nodes.training_base import StopDVAR
+    from comfyui_personalize.nodes.stopping import StopDVAR
 
     defaults = {socket.id: socket.default for socket in StopDVAR.define_schema().inputs}
     rule = StopDVAR.execute(**defaults | SOON).result[0]

@@ -12,7 +12,7 @@ SOON = {"preset": "custom", "window": 4, "eps": 1.0, "every": 1, "eval_batch_siz
 @pytest.fixture
 def rule(comfy):
     """rule(**widgets): what Stop: DVAR gives; its own defaults where nothing is said."""
-    from comfyui_personalize.nodes.training_base import StopDVAR
+    from comfyui_personalize.nodes.stopping import StopDVAR
 
     defaults = {socket.id: socket.default for socket in StopDVAR.define_schema().inputs}
     return lambda **widgets: StopDVAR.execute(**defaults | widgets).result[0]
@@ -96,7 +96,7 @@ def test_presets_and_own_numbers(rule):
 
 def test_what_cannot_work_is_refused(rule):
     from comfyui_personalize.models.errors import ConfigError
-    from comfyui_personalize.nodes.training_base import StopDVAR
+    from comfyui_personalize.nodes.stopping import StopDVAR
 
     for widgets, message in (
         ({"preset": "custom", "eps": 0.0}, "eps must be above 0 and at most 1"),

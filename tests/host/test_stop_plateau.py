@@ -101,7 +101,7 @@ def test_a_single_file_of_the_host_will_do(comfy, rule, dataset, tiny_clip):
 
 
 def test_stop_fixed_has_the_authors_budgets(comfy):
-    from comfyui_personalize.nodes.training_base import BUDGETS, StopFixed
+    from comfyui_personalize.nodes.stopping import BUDGETS, StopFixed
 
     assert list(BUDGETS.values()) == [475, 367, 450, 6100, 500, 1000]
     assert StopFixed.execute(12).result[0].steps == 12
