@@ -8,20 +8,46 @@ from comfy_api.latest import io
 from ._choices import first_refusal, known
 
 
-def seed() -> io.Input:
-    """Of the starting noise; the page draws a new one after every run."""
+def seed(advice: str = "") -> io.Input:
+    """Of the starting noise; the page draws a new one after every run.
+
+    Args:
+        advice: more about the noise, after a comma.
+    """
     return io.Int.Input(
         "seed",
         default=0,
         min=0,
         max=0xFFFFFFFFFFFFFFFF,
         control_after_generate=True,
-        tooltip="Random seed of the starting noise.",
+        tooltip=f"Random seed of the starting noise{advice}.",
     )
 
 
 def steps(default: int) -> io.Input:
     return io.Int.Input("steps", default=default, min=1, max=10000, tooltip="Number of denoising steps.")
+
+
+def scale(name: str, default: float, tooltip: str, *, optional: bool = False) -> io.Input:
+    """How strongly a guidance acts."""
+    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, tooltip=tooltip, optional=optional)
+
+
+def rescale(towards: str) -> io.Input:
+    """What tames high scales.
+
+    Args:
+        towards: whose contrast is wanted, to follow "towards".
+    """
+    return io.Float.Input(
+        "rescale",
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip=f"Brings the contrast of the guided prediction back towards {towards}; try 0.7 when high scales burn "
+        "the picture. 0 is off.",
+    )
 
 
 def algorithm(sampler: str | None = None, scheduler: str | None = None, advice: str = "") -> list[io.Input]:
@@ -60,13 +86,14 @@ def latent() -> list[io.Input]:
     ]
 
 
-def percents(start: str, end: str) -> list[io.Input]:
+def percents(start: str, end: str, last: float = 1.0) -> list[io.Input]:
     """Where in the denoising something acts.
 
     Args:
         start, end: what happens there, to follow "Part of the denoising after which".
+        last: where it ends unless the user says otherwise.
     """
-    told = (("start_percent", 0.0, start), ("end_percent", 1.0, end))
+    told = (("start_percent", 0.0, start), ("end_percent", last, end))
     return [
         io.Float.Input(
             name, default=default, min=0.0, max=1.0, step=0.001, tooltip=f"Part of the denoising after which {what}"

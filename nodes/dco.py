@@ -178,28 +178,17 @@ def _conditionings() -> list[io.Input]:
 
 
 def _reward_scale() -> io.Input:
-    return io.Float.Input(
+    return _sampling_inputs.scale(
         "reward_scale",
-        default=3.0,
-        min=0.0,
-        max=100.0,
-        step=0.1,
-        tooltip="How strongly to follow what was learned, independently of the text scale. Higher is closer to the "
-        "subject or style, lower follows the prompt more freely; 0 ignores the LoRA and costs nothing.",
+        3.0,
+        "How strongly to follow what was learned, independently of the text scale. Higher is closer to the subject or "
+        "style, lower follows the prompt more freely; 0 ignores the LoRA and costs nothing.",
     )
 
 
 def _rescale_and_range() -> list[io.Input]:
     return [
-        io.Float.Input(
-            "rescale",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="Brings the contrast of the guided prediction back towards the base model's; try 0.7 when high "
-            "scales burn the picture. 0 is off.",
-        ),
+        _sampling_inputs.rescale("the base model's"),
         *_sampling_inputs.percents(
             "the reward term sets in. 0 is from the start.",
             "the reward term stops. Steps outside its range cost only two thirds of the time.",
@@ -215,14 +204,11 @@ def _second() -> list[io.Input]:
             tooltip="With two chained LoRAs: the prompt for the last one alone, with a scale of its own. "
             "'personalized' then uses the LoRAs before it. Not connected: all LoRAs are on in 'personalized'.",
         ),
-        io.Float.Input(
+        _sampling_inputs.scale(
             "reward_scale_2",
-            default=3.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
+            3.0,
+            "How strongly to follow the last LoRA of the chain; used only with personalized_2.",
             optional=True,
-            tooltip="How strongly to follow the last LoRA of the chain; used only with personalized_2.",
         ),
     ]
 
@@ -241,13 +227,8 @@ class RewardGuiderNode(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A model with one or more LoRAs from Load DCO LoRA."),
                 *_conditionings(),
-                io.Float.Input(
-                    "text_scale",
-                    default=7.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Ordinary guidance (CFG) by the base prompt. 1 leaves out the negative prompt.",
+                _sampling_inputs.scale(
+                    "text_scale", 7.5, "Ordinary guidance (CFG) by the base prompt. 1 leaves out the negative prompt."
                 ),
                 _reward_scale(),
                 *_rescale_and_range(),
@@ -276,13 +257,8 @@ class KSamplerRewardGuidance(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model with one or more LoRAs from Load DCO LoRA."),
                 _sampling_inputs.seed(),
                 _sampling_inputs.steps(20),
-                io.Float.Input(
-                    "cfg",
-                    default=7.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Text scale: ordinary guidance by the base prompt. 1 leaves the negative prompt out.",
+                _sampling_inputs.scale(
+                    "cfg", 7.5, "Text scale: ordinary guidance by the base prompt. 1 leaves the negative prompt out."
                 ),
                 _reward_scale(),
                 *_sampling_inputs.algorithm(),

@@ -26,12 +26,8 @@ def _sockets_of_a_person() -> list[io.Input]:
     ]
 
 
-def _scale(name: str, default: float, tooltip: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, tooltip=tooltip)
-
-
-def _part(name: str, default: float, tooltip: str, largest: float = 1.0) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=largest, step=0.01, tooltip=tooltip)
+def _strength(name: str, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=1.0, min=0.0, max=3.0, step=0.01, tooltip=tooltip)
 
 
 def _settings() -> list[io.Input]:
@@ -43,14 +39,21 @@ def _settings() -> list[io.Input]:
             tooltip="attention sharing: the picture also looks at the reference, closest likeness, three times the "
             "work. adapter only: as fast as plain sampling; full and identity scale have no effect.",
         ),
-        _scale("text_scale", 3.0, "Guidance (CFG) by the prompt. With adapter only, 5 is the authors' value."),
-        _scale("full_scale", 2.0, "Guidance by prompt and reference together. Where no attention is shared it adds to "
-               "the text scale."),
-        _scale("identity_scale", 2.0, "Guidance by the reference without the prompt. Higher is more alike and less "
-               "free."),
-        _part("adapter_scale", 1.0, "How strongly the identity's tokens act in cross-attention. 0 is off.", 3.0),
-        _part("sharing_strength", 1.0, "How much attention sees of the reference: 1 as trained, 0 is off and costs "
-              "nothing.", 3.0),
+        _sampling_inputs.scale(
+            "text_scale", 3.0, "Guidance (CFG) by the prompt. With adapter only, 5 is the authors' value."
+        ),
+        _sampling_inputs.scale(
+            "full_scale",
+            2.0,
+            "Guidance by prompt and reference together. Where no attention is shared it adds to the text scale.",
+        ),
+        _sampling_inputs.scale(
+            "identity_scale", 2.0, "Guidance by the reference without the prompt. Higher is more alike and less free."
+        ),
+        _strength("adapter_scale", "How strongly the identity's tokens act in cross-attention. 0 is off."),
+        _strength(
+            "sharing_strength", "How much attention sees of the reference: 1 as trained, 0 is off and costs nothing."
+        ),
         *_sampling_inputs.percents(
             "attention is shared. 0 is from the start.",
             "attention is no longer shared. Steps outside the range cost a third.",
@@ -67,9 +70,8 @@ def _settings() -> list[io.Input]:
             default=False,
             tooltip="For LCM and other models distilled to a few steps: one prediction and no guidance.",
         ),
-        _part("rescale", 0.0, "Brings the contrast of the guided prediction back towards the text's; try 0.7 when high "
-              "scales burn the picture. 0 is off."),
-    ]  # fmt: skip
+        _sampling_inputs.rescale("the text's"),
+    ]
 
 
 def _optional() -> list[io.Input]:

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..models.errors import ConfigError
 from ..models.formats import read_weights
-from . import _host
+from . import _host, _sampling_inputs
 from ._choices import known
 from ._sockets import PreviewLosses
 from .lora_layers import match_lora
@@ -50,23 +50,11 @@ class LookaheadPreviewGuidance(io.ComfyNode):
                     tooltip="How far each step pulls, in standard deviations of the latent. The same for every loss, "
                     "model and number of steps. 0 is the guider alone, at its cost.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Part of the denoising after which the guidance sets in. 0 is from the start, where the "
-                    "layout is decided.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=0.8,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Part of the denoising after which it stops. Steps outside its range cost nothing, and the "
-                    "last ones repair what the guidance left unnatural.",
+                *_sampling_inputs.percents(
+                    "the guidance sets in. 0 is from the start, where the layout is decided.",
+                    "it stops. Steps outside its range cost nothing, and the last ones repair what the guidance left "
+                    "unnatural.",
+                    last=0.8,
                 ),
                 io.Combo.Input(
                     "gradient",
