@@ -72,6 +72,19 @@ def _file(name: str, kind: str, tooltip: str, *, needed: bool = True) -> io.Inpu
     return io.Combo.Input(name, options=options, tooltip=tooltip, **({} if needed else {"default": NO_FILE}))
 
 
+def _preview_vaes() -> list[str]:
+    """The host's VAEs and, behind them, its small decoders for SDXL, which it keeps apart."""
+    names = _host.model_files("vae")
+    small = [name for name in _host.model_files("vae_approx") if name.startswith("taesdxl") and "_encoder" not in name]
+    return [*names, *(name for name in small if name not in names)]
+
+
+def _preview_vae_kind(name: str | None) -> str:
+    """The host's kind of a file among those; of two with one name the VAE."""
+    found = [kind for kind in ("vae", "vae_approx") if name and _host.find_model_file(kind, name)]
+    return (*found, "vae")[0]
+
+
 def _weight(name: str, default: float, tooltip: str) -> io.Input:
     return io.Float.Input(name, default=default, min=0.0, max=100.0, step=1e-4, round=False, tooltip=tooltip)
 
@@ -101,12 +114,13 @@ class TrainLookaheadEncoder(io.ComfyNode):
                     "clip_vision_name", "clip_vision", "The image encoder of that file, ViT-H for the published one."
                 ),
                 _file("lcm_lora_name", "loras", "LCM LoRA for SDXL, which makes the preview.", needed=False),
-                _file(
+                io.Combo.Input(
                     "preview_vae_name",
-                    "vae",
-                    "A small autoencoder for the preview, such as TAESD for SDXL; without one the base's own decodes, "
-                    "with far more memory.",
-                    needed=False,
+                    options=[NO_FILE, *_preview_vaes()],
+                    default=NO_FILE,
+                    tooltip="A small autoencoder for the preview, such as TAESD for SDXL: diffusers' file in "
+                    "models/vae, or taesdxl_decoder in models/vae_approx. Without one the base's own decodes, with far "
+                    "more memory.",
                 ),
                 _file(
                     "face_network",
@@ -210,8 +224,8 @@ class TrainLookaheadEncoder(io.ComfyNode):
         face_folder=None, people_folder=None, validation_folder=None, **_others,
     ) -> str:  # fmt: skip
         kinds = {
-            ENCODERS: encoder_name, "clip_vision": clip_vision_name, "loras": lcm_lora_name, "vae": preview_vae_name,
-            FACE_NETWORKS: face_network,
+            ENCODERS: encoder_name, "clip_vision": clip_vision_name, "loras": lcm_lora_name,
+            _preview_vae_kind(preview_vae_name): preview_vae_name, FACE_NETWORKS: face_network,
         }  # fmt: skip
         paths = [_host.find_model_file(kind, name) for kind, name in kinds.items() if name not in (None, NO_FILE)]
         faces = face_model_folders().get(face_folder)
@@ -245,7 +259,7 @@ class TrainLookaheadEncoder(io.ComfyNode):
             start=_host.model_path(ENCODERS, encoder_name),
             clip_vision=_host.model_path("clip_vision", clip_vision_name),
             lcm_lora=path("loras", lcm_lora_name),
-            preview_vae=path("vae", preview_vae_name),
+            preview_vae=path(_preview_vae_kind(preview_vae_name), preview_vae_name),
             face_network=path(FACE_NETWORKS, face_network),
             face_models=None if face_folder == NO_FILE else face_model_folders().get(face_folder),
         )

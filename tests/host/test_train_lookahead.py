@@ -143,6 +143,41 @@ def test_files_that_change_make_the_node_run_again(comfy, train, people):
     assert TrainLookaheadEncoder.validate_inputs(keep="worst") is not True
 
 
+def test_a_small_decoder_of_the_hosts_makes_the_preview(comfy, train, tiny_checkpoint, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    from comfyui_personalize.nodes.train_lookahead import NO_FILE, TrainLookaheadEncoder
+    from comfyui_personalize.trainers.lookahead import loading
+
+    name, weights, prefix = "taesdxl_decoder.safetensors", load_file(tiny_checkpoint("sdxl")), "taesd_decoder."
+    decoder = {key.split(prefix)[1]: value for key, value in weights.items() if prefix in key}
+    taken, load = [], loading.load_other_vae
+    monkeypatch.setattr(loading, "load_other_vae", lambda path, *more: taken.append(path) or load(path, *more))
+
+    def put(kind, *names):
+        for one in names:
+            (comfy.base / "models" / kind).mkdir(parents=True, exist_ok=True)
+            save_file(decoder, comfy.base / "models" / kind / one)
+
+    def offered():
+        (widget,) = [one for one in TrainLookaheadEncoder.define_schema().inputs if one.id == "preview_vae_name"]
+        return list(widget.options)
+
+    def version():
+        return TrainLookaheadEncoder.fingerprint_inputs(**CHOSEN | {"preview_vae_name": name})
+
+    before, versions = offered(), {version()}
+    for kind, names in (("vae_approx", (name, "taesdxl_encoder.safetensors", "taesd_decoder.pth")), ("vae", (name,))):
+        put(kind, *names)  # of two with one name that in models/vae is taken, as ever
+        versions.add(version())
+        assert sorted(offered()) == sorted([*before, name]) and offered()[0] == NO_FILE
+        assert train("small", preview_vae_name=name).result[3] == 2
+        assert taken[-1] == comfy.base / "models" / kind / name
+    assert len(versions) == 3
+    for path in comfy.base.glob("models/vae*/*taesd*"):
+        path.unlink()
+
+
 def test_an_exported_encoder_is_read_again(comfy, train, tiny_checkpoint):
     from comfyui_personalize.models.lookahead.encoder import encoder_tensors
     from comfyui_personalize.nodes.export_lookahead import ExportLookaheadEncoder

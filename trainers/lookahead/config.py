@@ -172,7 +172,8 @@ class LookaheadModels:
     lcm_lora: Path | None = None
     """LCM LoRA for SDXL; needed for looking ahead."""
     preview_vae: Path | None = None
-    """TAESD for SDXL, file or folder, which decodes the preview; without it the base's own autoencoder does."""
+    """TAESD for SDXL, diffusers' file or folder or the decoder's file alone, which decodes the preview; without it the
+    base's own autoencoder does."""
     face_network: Path | None = None
     """model_ir_se50.pth, for the loss ``identity``."""
     face_models: Path | None = None
