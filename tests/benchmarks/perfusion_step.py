@@ -1,7 +1,9 @@
 """One denoising step with Perfusion concepts, in pairs with the plain model."""
 
+import time
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import torch
 from pairs import Pair, time_pairs
@@ -17,6 +19,8 @@ class Step:
     """Of each UNet call with concepts."""
     plain_rows: list[int]
     """Of each without."""
+    hooks: float
+    """Share of a step with concepts that is spent in their hooks, which the ratio of two noisy times hides."""
 
 
 def measure(comfy, checkpoint, make_concept, counts: tuple[int, ...], side: int, rounds: int) -> dict[int, Step]:
@@ -36,8 +40,9 @@ def measure(comfy, checkpoint, make_concept, counts: tuple[int, ...], side: int,
     found: dict[int, Step] = {}
     for count in counts:
         edited = attach(model, concepts[:count], SigmaRange(0.0, 1.0))
-        guiders = (_guider(comfy, one, conds) for one in (plain, edited))
-        found[count] = _step(comfy, *guiders, latents, rounds)
+        guiders = [_guider(comfy, one, conds) for one in (plain, edited)]
+        noise = torch.randn(1, 4, latents, latents, generator=torch.Generator().manual_seed(0))
+        found[count] = Step(*_compared(comfy, *guiders, noise, rounds), _in_hooks(comfy, guiders[1], noise, rounds))
     return found
 
 
@@ -48,8 +53,8 @@ def _guider(comfy, model, conds):
     return guider
 
 
-def _step(comfy, plain, edited, side: int, rounds: int) -> Step:
-    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+def _compared(comfy, plain, edited, noise, rounds: int) -> tuple[Pair, list[int], list[int]]:
+    """Seconds and rows of a step with concepts and of one without, both within a run."""
     found = []
 
     def compare(without, bare, with_concepts, unet):
@@ -59,10 +64,38 @@ def _step(comfy, plain, edited, side: int, rounds: int) -> Step:
             hook = network.register_forward_pre_hook(lambda _, arguments: rows[-1].append(len(arguments[0])))
             work()
             hook.remove()
-        found.append(Step(time_pairs(with_concepts, without, rounds), *rows))
+        found.extend((time_pairs(with_concepts, without, rounds), *rows))
 
     _within_a_run(comfy, plain, noise, lambda *bare: _within_a_run(comfy, edited, noise, partial(compare, *bare)))
-    return found[0]
+    return tuple(found)
+
+
+def _in_hooks(comfy, edited, noise, rounds: int) -> float:
+    """Share of the steps of a run that is spent in the concepts' hooks."""
+    from comfyui_personalize.nodes import rank_one_edits
+
+    make, spent, shares = rank_one_edits._hooks, [], []
+
+    def timed(hook):
+        def run(*args):
+            started = time.perf_counter()
+            answer = hook(*args)
+            spent.append(time.perf_counter() - started)
+            return answer
+
+        return run
+
+    def measure(step, _unet):
+        step()  # makes what the others find made
+        spent.clear()
+        started = time.perf_counter()
+        for _ in range(rounds):
+            step()
+        shares.append(sum(spent) / (time.perf_counter() - started))
+
+    with mock.patch.object(rank_one_edits, "_hooks", lambda *args: tuple(map(timed, make(*args)))):
+        _within_a_run(comfy, edited, noise, measure)
+    return shares[0]
 
 
 def _within_a_run(comfy, guider, noise, act) -> None:

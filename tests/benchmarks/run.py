@@ -23,6 +23,9 @@ sys.path.insert(0, str(HERE))
 
 VAE_ENCODING = 4.9
 """TFLOP of encoding a picture of 1024 × 1024 with SDXL's VAE."""
+PERFUSION_HEAD = (
+    "| concepts | rows per UNet call | plain model | with concepts | plain model | time ratio | of the time in hooks |"
+)
 _comfy = None
 
 
@@ -39,14 +42,16 @@ def helper(path: str):
 def write_checkpoint(folder: Path, full: bool) -> Path:
     """A tiny SDXL-like checkpoint with random weights, or one of SDXL's true size that is all zeros."""
     path = folder / "base.safetensors"
-    tiny = helper("tiny/checkpoints.py")
-    if not full:
-        return tiny.write_tiny_checkpoint("sdxl", path)
+    return write_hollow(path, "sdxl") if full else helper("tiny/checkpoints.py").write_tiny_checkpoint("sdxl", path)
+
+
+def write_hollow(path: Path, family: str) -> Path:
+    """A checkpoint of the family's true size that is all zeros."""
     import pytest
 
     sizes = helper("tiny/full_size.py")
     with pytest.MonkeyPatch.context() as patch:
-        sizes.write_hollow(path, sizes.published_shapes(tiny, patch, "sdxl"))
+        sizes.write_hollow(path, sizes.published_shapes(helper("tiny/checkpoints.py"), patch, family))
     return path
 
 
@@ -197,8 +202,24 @@ def perfusion(checkpoint: Path, host: Path, base: Path, side: int, rounds: int) 
         found = perfusion_step.measure(comfy, checkpoint, make_concept, (1, 2, 4), side, rounds)
     return [
         f"| {count} | {one.rows} | {one.plain_rows} | {one.pair.ours * 1e3:.1f} ms | {one.pair.theirs * 1e3:.1f} ms | "
-        f"**{1 / one.pair.ratio:.3f}** ({1 / one.pair.spread[1]:.3f}–{1 / one.pair.spread[0]:.3f}) |"
+        f"**{1 / one.pair.ratio:.3f}** ({1 / one.pair.spread[1]:.3f}–{1 / one.pair.spread[0]:.3f}) | {one.hooks:.1%} |"
         for count, one in found.items()
+    ]
+
+
+def perfusion_at_full_size(folder: Path, host: Path, quick: bool, rounds: int) -> list[str]:
+    """The same table for SD1.5 at its true size; nothing in a quick run, which has no room for two such models."""
+    if quick:
+        return []
+    checkpoint = write_hollow(folder / "sd15.safetensors", "sd15")
+    return [
+        "",
+        "A hook costs about the same whatever the size of the model, so a tiny one shows the most of it. The same with "
+        f"SD1.5 at its true size, 128 × 128, over {rounds // 2} pairs:",
+        "",
+        PERFUSION_HEAD,
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *perfusion(checkpoint, host, folder / "in-process", 128, rounds // 2),
     ]
 
 
@@ -318,9 +339,10 @@ def main() -> None:
                 "",
                 "### Perfusion concepts, one denoising step, batch 1",
                 "",
-                "| concepts | rows per UNet call | plain model | with concepts | plain model | time ratio |",
-                "| --- | --- | --- | --- | --- | --- |",
+                PERFUSION_HEAD,
+                "| --- | --- | --- | --- | --- | --- | --- |",
                 *perfusion(checkpoint, host, folder / "in-process", side * 2, rounds * 2),
+                *perfusion_at_full_size(folder, host, arguments.quick, rounds),
                 "",
                 "### Perfusion training step, batch 4",
                 "",

@@ -24,6 +24,8 @@ def make_concept(model, clip, word, superclass, *, seed=0, positions=1, rows=1, 
         return taught.encode_from_tokens_scheduled(taught.tokenize(prompt))[0][0][0, 2].float()
 
     target = encoding(f"a {word}", teach(clip, [embedding], "random"))
+    if not target.any():  # a model without weights
+        target = torch.randn(target.shape, generator=generator)
     network, outputs = model.model.diffusion_model, {}
     for name, own in host_names(model).items():
         if name.endswith(VALUE):
