@@ -4,9 +4,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from comfy_api.latest import io
 
 from ..models.errors import ConfigError
+from ..models.perfusion import Concept
 from ..models.perfusion.summary import describe_company, describe_concept
 from ..models.tokens import plain_name
 from . import _sockets
@@ -51,10 +53,20 @@ class InspectPerfusionConcepts(io.ComfyNode):
 
 
 def joined(concepts: Sequence[GatedConcept], more: Sequence[GatedConcept]) -> tuple[GatedConcept, ...]:
-    """Both chains; a word that is taken is numbered, and the log says so, as the authors' code does."""
+    """Both chains; a word that is taken is numbered, and the log says so, as the authors' code does.
+
+    Raises:
+        ConfigError: a file is in both, whatever its words: its gates open together, and it answers twice.
+    """
     together = tuple(concepts)
     for gated in more:
         concept = gated.concept
+        for one in together:
+            if _same_file(one.concept, concept):
+                raise ConfigError(
+                    f"{concept.name} is in the chain already, as {one.concept.trigger}, and would answer twice; choose "
+                    "another file, or leave it out of one of the two places"
+                )
         free = _free_word(concept.trigger, [one.concept.trigger for one in together])
         if free != concept.trigger:
             logging.warning("%s: the word %s is taken, use %s", concept.name, concept.trigger, free)
@@ -67,6 +79,12 @@ def joined(concepts: Sequence[GatedConcept], more: Sequence[GatedConcept]) -> tu
 def words_of(concepts: Sequence[GatedConcept]) -> str:
     """The words of a chain, separated by commas."""
     return ", ".join(gated.concept.trigger for gated in concepts)
+
+
+def _same_file(first: Concept, second: Concept) -> bool:
+    """Files of one name may lie in several folders, but two trainings never end at the same place."""
+    places = first.parts.target_input, second.parts.target_input
+    return first.name == second.name and torch.equal(*places)
 
 
 def _free_word(trigger: str, taken: list[str]) -> str:

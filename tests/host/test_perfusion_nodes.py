@@ -361,19 +361,24 @@ def folder(comfy):
     return path
 
 
-def test_chains_are_merged_and_described(scene, caplog):
+def test_chains_are_merged_and_described(scene, load_helper, caplog):
     from comfyui_personalize.models.errors import ConfigError
     from comfyui_personalize.nodes.perfusion_concepts import InspectPerfusionConcepts
+    from comfyui_personalize.nodes.rank_one_edits import GatedConcept
 
     two = scene(count=2)
+    other = load_helper("host/concepts.py").make_concept(two.model, two.clip, "<cup>", "cup", seed=2)
+    assert other.name == two.concepts[0].concept.name  # of a file in another folder
     with caplog.at_level(logging.WARNING):
-        merged, words, text = InspectPerfusionConcepts.execute(two.concepts, two.concepts[:1]).result
+        merged, words, text = InspectPerfusionConcepts.execute(two.concepts, [GatedConcept(other, 0.6, 0.1)]).result
     assert words == "<cup>, <bear>, <cup-2>" and "is taken, use <cup-2>" in caplog.text
-    assert merged[:2] == two.concepts and merged[2].concept.parts is two.concepts[0].concept.parts
+    assert merged[:2] == two.concepts and merged[2].concept.parts is other.parts
     assert "| word | `<cup-2>` |" in text and "| resemblance | `<cup>` | `<bear>` | `<cup-2>` |" in text
     assert "resemblance" not in InspectPerfusionConcepts.execute(two.concepts[:1]).result[2]
     with pytest.raises(ConfigError, match="there are no concepts"):
         InspectPerfusionConcepts.execute((), ())
+    with pytest.raises(ConfigError, match="<bear>.safetensors is in the chain already, as <bear>"):
+        InspectPerfusionConcepts.execute(merged, two.concepts[1:])
 
 
 class Hostile:
@@ -391,30 +396,34 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(folder, capsys):
     (folder / "hostile.ckpt").unlink()
 
 
-def test_files_are_chained_and_a_taken_word_is_numbered(tools, scene, folder, caplog):
+def test_files_are_chained_and_a_taken_word_is_numbered(tools, scene, folder, load_helper, caplog):
     from dataclasses import replace
 
+    from comfyui_personalize.models.errors import ConfigError
     from comfyui_personalize.models.perfusion import write_concept
     from comfyui_personalize.nodes.perfusion import BY_THE_GATE, LoadPerfusionConcept
 
-    one = scene()
-    concept = replace(one.concepts[0].concept, family="sd15")
-    write_concept(folder / "cup.safetensors", concept, dtype=torch.float32, overwrite=True)
+    one, make_concept = scene(), load_helper("host/concepts.py").make_concept
+    for seed, name in enumerate(("cup", "mug", "glass")):
+        concept = replace(make_concept(one.model, one.clip, "<cup>", "cup", seed=seed), family="sd15")
+        write_concept(folder / f"{name}.safetensors", concept, dtype=torch.float32, overwrite=True)
 
-    def load(**settings):
+    def load(name="cup", **settings):
         settings = {"beta": 0.6, "tau": 0.1, "enabled": True, **settings}
-        return LoadPerfusionConcept.execute("cup.safetensors", **settings).result
+        return LoadPerfusionConcept.execute(f"{name}.safetensors", **settings).result
 
     first, tokens = load()
     assert tokens == "<cup>"
     assert torch.equal(one.sample(tools, concepts=first), one.sample(tools))
     with caplog.at_level(logging.WARNING):
-        both, tokens = load(concepts=first)
+        both, tokens = load("mug", concepts=first)
     assert tokens == "<cup>, <cup-2>" and "is taken, use <cup-2>" in caplog.text
-    assert load(concepts=both)[1] == "<cup>, <cup-2>, <cup-3>"
-    assert load(trigger="<mug>", concepts=first)[1] == "<cup>, <mug>"
+    assert load("glass", concepts=both)[1] == "<cup>, <cup-2>, <cup-3>"
+    assert load("mug", trigger="<mug>", concepts=first)[1] == "<cup>, <mug>"
     assert load(enabled=False, concepts=first) == (first, "<cup>")
     assert [load(**chosen)[0][0].gated_removal for chosen in ({}, {"removal": BY_THE_GATE})] == [False, True]
+    message = refusal(ConfigError, lambda: load("mug", trigger="<other>", beta=0.7, concepts=both))
+    assert message.startswith("mug.safetensors is in the chain already, as <cup-2>, and would answer twice")
 
 
 # What is refused
