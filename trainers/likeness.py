@@ -1,6 +1,8 @@
 """How alike sampled pictures are to the training pictures by CLIP: what the CLIP plateau looks at."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +49,18 @@ class Likeness:
     def __init__(self, path: Path, dataset: Dataset, device: torch.device) -> None:
         """Args: path: as for load_clip_for_pictures, whose errors it raises."""
         self._judge, self._device = load_clip_for_pictures(path), device
-        self._references = self._embed([example.picture.open().rgb for example in dataset.examples])
+        pictures = (example.picture.open().rgb for example in dataset.examples)
+        self._references = self._embed(pictures, len(dataset.examples))
 
     def __call__(self, pictures: Sequence[Image.Image]) -> float:
         """Mean cosine over all pairs of these pictures and the dataset's, in -1..1."""
-        return float(mean_similarity(self._embed(pictures), self._references).mean())
+        return float(mean_similarity(self._embed(iter(pictures), len(pictures)), self._references).mean())
 
-    def _embed(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    def _embed(self, pictures: Iterator[Image.Image], count: int) -> torch.Tensor:
+        """Features of ``count`` pictures, (pictures, dim); they are asked for one after the other, and not kept."""
         self._judge.network.to(self._device)
         try:
-            rows = [
-                self._judge.embed_images(pictures[first : first + AT_ONCE])
-                for first in range(0, len(pictures), AT_ONCE)
-            ]
+            rows = [self._judge.embed_images(islice(pictures, AT_ONCE)) for _ in range(math.ceil(count / AT_ONCE))]
         finally:
             self._judge.network.to("cpu")
         return torch.cat(rows)

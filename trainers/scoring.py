@@ -1,6 +1,6 @@
 """Networks that judge pictures: CLIP, and DINO's kind."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,8 @@ class ClipJudge:
     """Folder of the tokenizer, which is opened for texts alone; None stands for the one that load_tokenizer builds."""
 
     @torch.no_grad()
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """(images, dim), float32 on the CPU."""
+    def embed_images(self, images: Iterable[Image.Image]) -> Tensor:
+        """(images, dim), float32 on the CPU; it asks for one after the other, and keeps none."""
         pixels = torch.stack([self.preprocessing(image) for image in images]).to(self.network.device)
         hidden = self.network.vision_model(pixel_values=pixels).pooler_output
         return self.network.visual_projection(hidden).float().cpu()

@@ -1,6 +1,7 @@
 """The CLIP plateau in trainings of the three methods: the same weights with and without it, exact resume, memory."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from comfyui_personalize.models.errors import ConfigError, FormatError
 from comfyui_personalize.trainers import likeness
 from comfyui_personalize.trainers.dvar import custom_diffusion, dreambooth, textual_inversion
 from comfyui_personalize.trainers.dvar.config import CustomDiffusionConfig, DreamBoothConfig, TextualInversionConfig
+from comfyui_personalize.trainers.pictures import Picture
 from comfyui_personalize.trainers.plateau import CLIPPlateau, PictureSettings
 from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.stopping import DVAR
@@ -133,3 +135,20 @@ def test_pictures_are_alike_by_the_mean_over_all_pairs(tiny, tiny_clip, tmp_path
     )
     single = likeness.Likeness(tmp_path / "vision.safetensors", dataset, torch.device("cpu"))
     assert single(pictures[:2]) == pytest.approx(found, abs=1e-5)
+
+
+def test_the_datasets_pictures_are_not_open_together(tiny, tiny_clip, monkeypatch):
+    dataset, opened, most, open_one = tiny.dataset(), [], [], Picture.open
+    whole = likeness.Likeness(tiny_clip, dataset, torch.device("cpu"))
+
+    def watched(picture):
+        found = open_one(picture)
+        opened.append(weakref.ref(found.rgb))
+        most.append(sum(one() is not None for one in opened))
+        return found
+
+    monkeypatch.setattr(Picture, "open", watched)
+    monkeypatch.setattr(likeness, "AT_ONCE", 2)
+    parts = likeness.Likeness(tiny_clip, dataset, torch.device("cpu"))
+    assert len(opened) == len(dataset.examples) == 3 and max(most) < 3
+    torch.testing.assert_close(parts._references, whole._references, rtol=0, atol=1e-6)
