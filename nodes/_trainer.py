@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,7 +19,7 @@ from ..models.errors import ConfigError
 from ..models.formats import safe_name
 from ..trainers.output import OutputPlace
 from ..trainers.plots import loss_curve
-from . import _host
+from . import _host, _sockets
 
 _BOUNDS: dict[str, tuple[float, float, float]] = {
     # name, or class.name where a class differs: smallest, largest, step; the config itself refuses what these would
@@ -122,6 +122,16 @@ OUTPUT_NAME = io.String.Input(
 OVERWRITE = io.Boolean.Input(
     "overwrite", default=False, tooltip="Replace files of the same name instead of refusing to start."
 )
+STOPPING = _sockets.Stopping.Input(
+    "stopping", optional=True, tooltip="A rule that ends the training, such as Stop: DVAR."
+)
+
+
+def refuse_unknown(node: type[io.ComfyNode], settings: Iterable[str], offered: Iterable[str]) -> None:
+    """ConfigError for settings that the node does not offer, although its config may have them."""
+    if unknown := set(settings) - set(offered):
+        name = node.define_schema().display_name
+        raise ConfigError(f"unknown setting(s) {', '.join(sorted(unknown))} of {name}; remove them")
 
 
 def check_output_name(name: str | None) -> bool | str:

@@ -5,7 +5,6 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..models.errors import ConfigError
 from ..trainers.dvar.config import CustomDiffusionConfig, DreamBoothConfig, MethodConfig, TextualInversionConfig
 from . import _sockets, _trainer
 from ._choices import first_refusal, known_settings
@@ -80,9 +79,7 @@ class _TrainMethod(io.ComfyNode):
 
     @classmethod
     def execute(cls, base, dataset, output_name, overwrite=False, stopping=None, **settings) -> io.NodeOutput:
-        if unknown := settings.keys() - {*cls.SETTINGS, *cls.LATER_SETTINGS}:
-            name = cls.define_schema().display_name
-            raise ConfigError(f"unknown setting(s) {', '.join(sorted(unknown))} of {name}; remove them")
+        _trainer.refuse_unknown(cls, settings, (*cls.SETTINGS, *cls.LATER_SETTINGS))
         config = cls.CONFIG(**settings)
         place = _trainer.output_place(output_name, overwrite, cls.FOLDER)
         train = cls.recipe()

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..models.errors import ConfigError
 from ..trainers.dco.config import DCOConfig
 from . import _sockets, _trainer
 from ._choices import first_refusal, known_settings
@@ -37,9 +36,7 @@ class TrainDCO(io.ComfyNode):
                 _trainer.OUTPUT_NAME,
                 *_trainer.widgets(DCOConfig, *_SETTINGS, steps=2000, gradient_checkpointing=True, preview_every=250),
                 _trainer.OVERWRITE,
-                _sockets.Stopping.Input(
-                    "stopping", optional=True, tooltip="A rule that ends the training, such as Stop: DVAR."
-                ),
+                _trainer.STOPPING,
             ],
             outputs=_trainer.OUTPUTS,
         )
@@ -61,9 +58,7 @@ class TrainDCO(io.ComfyNode):
 
     @classmethod
     def execute(cls, base, dataset, output_name, overwrite=False, stopping=None, **settings) -> io.NodeOutput:
-        unknown = settings.keys() - set(_SETTINGS)
-        if unknown:
-            raise ConfigError(f"unknown setting(s) {', '.join(sorted(unknown))} of Train DCO; remove them")
+        _trainer.refuse_unknown(cls, settings, _SETTINGS)
         config = DCOConfig(**settings)
         place = _trainer.output_place(output_name, overwrite)
         from ..trainers.dco.train import train

@@ -56,9 +56,7 @@ class TrainPerfusion(io.ComfyNode):
                 ),
                 *_trainer.widgets(PerfusionConfig, *_SETTINGS, gradient_checkpointing=True, preview_every=100),
                 _trainer.OVERWRITE,
-                _sockets.Stopping.Input(
-                    "stopping", optional=True, tooltip="A rule that ends the training, such as Stop: DVAR."
-                ),
+                _trainer.STOPPING,
             ],
             outputs=[
                 io.Custom("COMBO,STRING").Output(
@@ -102,9 +100,7 @@ class TrainPerfusion(io.ComfyNode):
     def execute(
         cls, base, dataset, covariance_name, output_name, overwrite=False, stopping=None, **settings
     ) -> io.NodeOutput:
-        unknown = settings.keys() - set(_SETTINGS)
-        if unknown:
-            raise ConfigError(f"unknown setting(s) {', '.join(sorted(unknown))} of Train Perfusion; remove them")
+        _trainer.refuse_unknown(cls, settings, _SETTINGS)
         if covariance_name == NO_FILE:
             raise ConfigError(NO_COVARIANCE)
         config = PerfusionConfig(**settings)
