@@ -13,6 +13,7 @@ from ..trainers.layouts import is_inside
 from ..trainers.pictures import Picture
 from . import _host, _sockets
 from ._choices import single
+from ._lines import lines_or_strings
 
 NO_FOLDER = "(none)"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -262,7 +263,7 @@ class PersonalizationDataset(io.ComfyNode):
     ) -> io.NodeOutput:
         folder, class_folder = folder[0] or NO_FOLDER, class_folder[0] or NO_FOLDER
         tokens = _tokens(token[0], initializer[0], rows_per_token[0])
-        captions, base_captions = _lines(captions), _lines(base_captions)
+        captions, base_captions = lines_or_strings(captions), lines_or_strings(base_captions)
         sources = [folder != NO_FOLDER, pictures is not None, images is not None]
         if not any(sources):
             raise DatasetError("there are no pictures; choose a folder, or connect Training Picture or images")
@@ -305,13 +306,6 @@ class PersonalizationDataset(io.ComfyNode):
             if class_folder != NO_FOLDER:
                 dataset = dataset.with_class_folder(_folder_path(class_folder), class_caption[0].strip() or None)
             return io.NodeOutput(dataset, dataset.preview(_THUMBNAIL))
-
-
-def _lines(values: list[str]) -> list[str]:
-    """Non-empty lines of a widget, or the strings of a list that another node gives, one per picture."""
-    if len(values) > 1:
-        return [value.strip() for value in values]
-    return [line.strip() for value in values for line in value.splitlines() if line.strip()]
 
 
 def _tokens(triggers: str, initializers: str, rows: int) -> tuple[LearnedToken, ...]:

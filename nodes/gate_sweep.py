@@ -14,6 +14,7 @@ from ..models.perfusion.balance import Trial
 from ..models.tokens import replace_triggers, split_prompt
 from ..trainers.pictures import Picture
 from . import _host
+from ._lines import lines_of
 from .guiding import Conditioning, SigmaRange, sample_latent
 from .perfusion_prompts import with_words
 from .rank_one_edits import GatedConcept, attach
@@ -38,7 +39,7 @@ def prompts_of(text: str, concepts: Sequence[GatedConcept], number: int) -> list
             f"concept {number} is to be tried out, {len(concepts)} are loaded; chain another Load Perfusion Concept, "
             "or choose a smaller number"
         )
-    lines = [with_words(line.strip(), concepts) for line in text.splitlines() if line.strip()]
+    lines = [with_words(line, concepts) for line in lines_of(text)]
     if not lines:
         raise ConfigError("found no prompt, expected at least one line; write a prompt on each line")
     word = concepts[number - 1].concept.trigger

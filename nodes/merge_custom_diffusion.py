@@ -9,6 +9,7 @@ from ..models.errors import ConfigError
 from . import _host, _sockets, _trainer
 from ._choices import first_refusal, known
 from ._folders import CUSTOM_DIFFUSIONS
+from ._lines import lines_of
 
 NONE = "(none)"
 _NAMES = ("custom_name", "custom_name_2", "custom_name_3", "custom_name_4")
@@ -107,7 +108,7 @@ class MergeCustomDiffusion(io.ComfyNode):
                     concepts,
                     base,
                     place,
-                    captions=[line.strip() for line in captions.splitlines() if line.strip()],
+                    captions=lines_of(captions),
                     device=comfy.model_management.get_torch_device(),
                     progress=progress,
                     metadata=_trainer.origin_metadata(cls.hidden),

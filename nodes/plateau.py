@@ -10,6 +10,7 @@ from ..trainers.plateau import CLIPPlateau, PictureSettings
 from . import _host, _sockets
 from ._choices import first_refusal, known
 from ._folders import JUDGES
+from ._lines import lines_of
 from ._network_folders import NONE, chosen_folder, folder_version, network_folders
 from .stopping import known_preset, preset_input
 
@@ -148,7 +149,7 @@ class StopCLIPPlateau(io.ComfyNode):
         settings = PictureSettings(
             clip=chosen_folder(_clips(), clip_folder),
             count=pictures,
-            prompts=tuple(line.strip() for line in prompts.splitlines() if line.strip()),
+            prompts=tuple(lines_of(prompts)),
             steps=sampling_steps,
             guidance=guidance,
             seed=seed,

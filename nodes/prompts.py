@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..models.errors import ConfigError
+from ._lines import lines_of
 
 
 class PromptBatch(io.ComfyNode):
@@ -38,7 +39,7 @@ class PromptBatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, prompts) -> io.NodeOutput:
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        lines = lines_of(prompts)
         if not lines:
             raise ConfigError("found no prompt, expected at least one line; write a prompt on each line")
         encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(line)) for line in lines]

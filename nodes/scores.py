@@ -11,6 +11,7 @@ from ..trainers.plots import score_chart
 from . import _host
 from ._choices import first_refusal, known, single
 from ._folders import JUDGES
+from ._lines import lines_or_strings
 from ._network_folders import NONE, chosen_folder, network_folders
 from .faces import face_model_folders
 from .scoring import (
@@ -128,7 +129,7 @@ class PersonalizationScores(io.ComfyNode):
                 measures.append((dino_score, chosen_folder(network_folders(JUDGES, "dino"), dino_folder)))
             if face_folder != NONE:
                 measures.append((face_score, chosen_folder(face_model_folders(), face_folder)))
-            sitting = _sitting(cls.hidden.unique_id, images, references, _lines(prompts), len(measures))
+            sitting = _sitting(cls.hidden.unique_id, images, references, lines_or_strings(prompts), len(measures))
             found = {}
             for measure, *arguments in measures:
                 # Each network is gone before the next one comes.
@@ -181,10 +182,3 @@ def _sitting(node_id: str | None, images: list, references: list, prompts: list[
         progress.raise_if_cancelled()
 
     return Sitting(made, real, prompts, advance)
-
-
-def _lines(values: list[str]) -> list[str]:
-    """Prompts: non-empty lines of a widget, or the strings of a list that another node gives, one per image."""
-    if len(values) > 1:
-        return [value.strip() for value in values]
-    return [line.strip() for value in values for line in value.splitlines() if line.strip()]
