@@ -1,12 +1,15 @@
 """Lists of the networks that lie in the host's model folders, each in a folder as transformers saves it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
+from comfy_api.latest import io
 
 from ..models.errors import FormatError
 from ..trainers.network_folders import Kind, folder_files, network_in
 from . import _host
+from ._choices import known
 
 NONE = "none"
 
@@ -20,6 +23,16 @@ def network_folders(place: str, kind: Kind) -> dict[str, Path]:
                 if network_in(path.parent) == kind:
                     found.setdefault(path.parent.relative_to(root).as_posix(), path.parent)
     return found
+
+
+def folder_input(name: str, folders: Iterable[str], tooltip: str) -> io.Input:
+    """A list of such folders, with none at its head and chosen at first."""
+    return io.Combo.Input(name, options=[NONE, *folders], default=NONE, tooltip=tooltip)
+
+
+def known_folder(kind: str, name: str | None, folders: Iterable[str]) -> bool | str:
+    """For validate_inputs: True for one of the list, else the sentence to refuse it with."""
+    return known(kind, name, [NONE, *folders])
 
 
 def chosen_folder(folders: dict[str, Path], name: str) -> Path:

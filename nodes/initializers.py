@@ -9,7 +9,7 @@ from ..trainers.initializers import Choice, InitializerSettings, Strategy, choos
 from . import _host, _sockets
 from ._choices import first_refusal, known
 from ._folders import JUDGES
-from ._network_folders import NONE, chosen_folder, folder_version, network_folders
+from ._network_folders import NONE, chosen_folder, folder_input, folder_version, known_folder, network_folders
 
 SHOWN = 20
 """Words of a ranking that are listed."""
@@ -37,11 +37,10 @@ class ChooseInitializer(io.ComfyNode):
                     tooltip="best takes the word most like the pictures, worst the least like, random any of them. "
                     "worst and random are for experiments.",
                 ),
-                io.Combo.Input(
+                folder_input(
                     "clip_folder",
-                    options=[NONE, *network_folders(JUDGES, "clip")],
-                    default=NONE,
-                    tooltip="For best and worst: a CLIP in transformers' layout, a folder in models/scoring. The "
+                    network_folders(JUDGES, "clip"),
+                    "For best and worst: a CLIP in transformers' layout, a folder in models/scoring. The "
                     "authors use openai/clip-vit-base-patch32.",
                 ),
                 io.String.Input(
@@ -73,9 +72,11 @@ class ChooseInitializer(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, strategy=None, clip_folder=None) -> bool | str:
-        folders = [NONE, *network_folders(JUDGES, "clip")]
         return first_refusal(
-            [known("strategy", strategy, get_args(Strategy)), known("CLIP folder", clip_folder, folders)]
+            [
+                known("strategy", strategy, get_args(Strategy)),
+                known_folder("CLIP folder", clip_folder, network_folders(JUDGES, "clip")),
+            ]
         )
 
     @classmethod

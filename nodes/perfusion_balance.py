@@ -14,7 +14,7 @@ from ..trainers.pictures import Picture
 from . import _host, _sampling_inputs, _sockets
 from ._choices import first_refusal, known
 from ._folders import JUDGES
-from ._network_folders import NONE, chosen_folder, folder_version, network_folders
+from ._network_folders import NONE, chosen_folder, folder_input, folder_version, network_folders
 from .gate_sweep import decoded, in_plain_words, prompts_of, scored, sweep, with_gate
 from .learned_tokens import teach
 from .perfusion_prompts import encode, with_words
@@ -75,11 +75,10 @@ class PerfusionBalance(io.ComfyNode):
                     default="0.1, 0.15, 0.2",
                     tooltip="Values of tau to try, separated by commas, 0.001 to 2. The authors sample with 0.15.",
                 ),
-                io.Combo.Input(
+                folder_input(
                     "clip_folder",
-                    options=[NONE, *network_folders(JUDGES, "clip")],
-                    default=NONE,
-                    tooltip="What scores: a CLIP in transformers' layout, a folder in models/scoring.",
+                    network_folders(JUDGES, "clip"),
+                    "What scores: a CLIP in transformers' layout, a folder in models/scoring.",
                 ),
                 _sampling_inputs.seed(", the same for every pair"),
                 _sampling_inputs.steps(20),

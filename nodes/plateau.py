@@ -8,10 +8,10 @@ from ..models.dvar import PRESETS
 from ..models.errors import ConfigError
 from ..trainers.plateau import CLIPPlateau, PictureSettings
 from . import _host, _sockets
-from ._choices import first_refusal, known
+from ._choices import first_refusal
 from ._folders import JUDGES
 from ._lines import lines_of
-from ._network_folders import NONE, chosen_folder, folder_version, network_folders
+from ._network_folders import NONE, chosen_folder, folder_input, folder_version, known_folder, network_folders
 from .stopping import known_preset, preset_input
 
 _FILES = "clip_vision/"
@@ -32,11 +32,10 @@ class StopCLIPPlateau(io.ComfyNode):
             "pictures, as CLIP sees them. Each check takes as long as sampling all its pictures.",
             inputs=[  # append only: workflows store widget values by position
                 preset_input("patience, eps, sampling steps and guidance"),
-                io.Combo.Input(
+                folder_input(
                     "clip_folder",
-                    options=[NONE, *_clips()],
-                    default=NONE,
-                    tooltip="The CLIP that compares pictures: a folder in models/scoring in transformers' layout, or a "
+                    _clips(),
+                    "The CLIP that compares pictures: a folder in models/scoring in transformers' layout, or a "
                     "file in models/clip_vision. The authors use ViT-B/32: openai/clip-vit-base-patch32.",
                 ),
                 io.Int.Input(
@@ -115,7 +114,7 @@ class StopCLIPPlateau(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, preset=None, clip_folder=None) -> bool | str:
-        return first_refusal([known_preset(preset), known("CLIP", clip_folder, [NONE, *_clips()])])
+        return first_refusal([known_preset(preset), known_folder("CLIP", clip_folder, _clips())])
 
     @classmethod
     def fingerprint_inputs(cls, clip_folder=None, **_others) -> str:

@@ -9,10 +9,10 @@ from ..trainers.network_folders import folder_files
 from ..trainers.pictures import Picture
 from ..trainers.plots import score_chart
 from . import _host
-from ._choices import first_refusal, known, single
+from ._choices import first_refusal, single
 from ._folders import JUDGES
 from ._lines import lines_or_strings
-from ._network_folders import NONE, chosen_folder, network_folders
+from ._network_folders import NONE, chosen_folder, folder_input, known_folder, network_folders
 from .faces import face_model_folders
 from .scoring import (
     CLIP_I,
@@ -52,25 +52,22 @@ class PersonalizationScores(io.ComfyNode):
                     tooltip="For CLIP-T: what the images should show, in ordinary words (dog, not a learned token). "
                     "One line per image, or one line for all.",
                 ),
-                io.Combo.Input(
+                folder_input(
                     "clip_folder",
-                    options=[NONE, *network_folders(JUDGES, "clip")],
-                    default=NONE,
-                    tooltip="For CLIP-I and CLIP-T: a CLIP in transformers' layout, a folder in models/scoring. Papers "
+                    network_folders(JUDGES, "clip"),
+                    "For CLIP-I and CLIP-T: a CLIP in transformers' layout, a folder in models/scoring. Papers "
                     "mostly use openai/clip-vit-base-patch32 or clip-vit-large-patch14.",
                 ),
-                io.Combo.Input(
+                folder_input(
                     "dino_folder",
-                    options=[NONE, *network_folders(JUDGES, "dino")],
-                    default=NONE,
-                    tooltip="For DINO: DINO or DINOv2 in transformers' layout, a folder in models/scoring. DreamBooth "
+                    network_folders(JUDGES, "dino"),
+                    "For DINO: DINO or DINOv2 in transformers' layout, a folder in models/scoring. DreamBooth "
                     "uses facebook/dino-vits16.",
                 ),
-                io.Combo.Input(
+                folder_input(
                     "face_folder",
-                    options=[NONE, *face_model_folders()],
-                    default=NONE,
-                    tooltip="For face: a folder in models/insightface with a face detector and a recognition network, "
+                    face_model_folders(),
+                    "For face: a folder in models/insightface with a face detector and a recognition network, "
                     "such as buffalo_l.",
                 ),
                 io.ClipVision.Input(
@@ -99,9 +96,9 @@ class PersonalizationScores(io.ComfyNode):
     def validate_inputs(cls, clip_folder=None, dino_folder=None, face_folder=None) -> bool | str:
         return first_refusal(
             [
-                known("CLIP folder", single(clip_folder), [NONE, *network_folders(JUDGES, "clip")]),
-                known("DINO folder", single(dino_folder), [NONE, *network_folders(JUDGES, "dino")]),
-                known("folder of face models", single(face_folder), [NONE, *face_model_folders()]),
+                known_folder("CLIP folder", single(clip_folder), network_folders(JUDGES, "clip")),
+                known_folder("DINO folder", single(dino_folder), network_folders(JUDGES, "dino")),
+                known_folder("folder of face models", single(face_folder), face_model_folders()),
             ]
         )
 

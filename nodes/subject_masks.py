@@ -11,7 +11,7 @@ from ..trainers.pictures import Picture
 from . import _host, _sockets
 from ._choices import known, single
 from ._folders import SEGMENTERS
-from ._network_folders import NONE, chosen_folder, folder_version, network_folders
+from ._network_folders import NONE, chosen_folder, folder_input, folder_version, network_folders
 
 _UNSURE = 0.1
 """Largest value of a mask below which the subject was probably not found."""
@@ -31,11 +31,10 @@ class SoftSubjectMasks(io.ComfyNode):
             is_input_list=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Combo.Input(
+                folder_input(
                     "clipseg_folder",
-                    options=[NONE, *network_folders(SEGMENTERS, "clipseg")],
-                    default=NONE,
-                    tooltip="CLIPSeg in transformers' layout, a folder in models/clipseg. The authors use what is "
+                    network_folders(SEGMENTERS, "clipseg"),
+                    "CLIPSeg in transformers' layout, a folder in models/clipseg. The authors use what is "
                     "CIDAS/clipseg-rd64-refined there. Nothing is downloaded.",
                 ),
                 io.String.Input(
