@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .convert_lookahead import ConvertLookaheadCheckpoint
 from .custom_diffusion import LoadCustomDiffusion
 from .dataset import PersonalizationDataset, TrainingPicture
-from .dco import KSamplerRewardGuidance, LoadDCOLoRA, LoadLearnedTokens, RewardGuiderNode
+from .dco import KSamplerRewardGuidance, RewardGuiderNode
 from .dvar import TrainCustomDiffusion, TrainDreamBoothLoRA, TrainTextualInversion
 from .export_lookahead import ExportLookaheadEncoder
 from .export_lora import ExportLoRA
@@ -13,6 +13,7 @@ from .faces import FaceCropAndAlign
 from .identity import EncodeIdentity, LoadIdentity, LoadLookaheadEncoder, SaveIdentity
 from .identity_set import IdentityPrompts, SaveIdentitySet
 from .initializers import ChooseInitializer
+from .load_dco import LoadDCOLoRA, LoadLearnedTokens
 from .lookahead import KSamplerLookahead, LookaheadGuiderNode
 from .loss_curves import CompareLossCurves
 from .merge_custom_diffusion import MergeCustomDiffusion

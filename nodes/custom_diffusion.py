@@ -8,7 +8,7 @@ from ..models.errors import IncompatibleModelError
 from . import _host
 from ._choices import known
 from ._folders import CUSTOM_DIFFUSIONS
-from .learned_tokens import teach
+from .learned_tokens import teach, tokens_output
 from .switchable_lora import require_unet
 from .unet_names import host_names
 
@@ -78,7 +78,7 @@ class LoadCustomDiffusion(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip"),
-                io.String.Output(display_name="tokens", tooltip="The words to use in prompts, separated by commas."),
+                tokens_output(),
             ],
         )
 

@@ -5,10 +5,16 @@ from collections.abc import Sequence
 
 import torch
 from comfy.sd1_clip import SDTokenizer
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..models.learned_embeddings import ENCODERS, LearnedEmbedding
 from ..models.tokens import replace_triggers
+
+
+def tokens_output() -> io.Output:
+    """The words that a node loads: each says the same of them."""
+    return io.String.Output(display_name="tokens", tooltip="The words to use in prompts, separated by commas.")
 
 
 class _LearnedTokens:

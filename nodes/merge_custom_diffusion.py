@@ -10,6 +10,7 @@ from . import _host, _sockets, _trainer
 from ._choices import first_refusal, known
 from ._folders import CUSTOM_DIFFUSIONS
 from ._lines import lines_of
+from .learned_tokens import tokens_output
 
 NONE = "(none)"
 _NAMES = ("custom_name", "custom_name_2", "custom_name_3", "custom_name_4")
@@ -59,7 +60,7 @@ class MergeCustomDiffusion(io.ComfyNode):
                     display_name="custom_name",
                     tooltip="Name of the file; connect it to Load Custom Diffusion's custom_name.",
                 ),
-                io.String.Output(display_name="tokens", tooltip="The words to use in prompts, separated by commas."),
+                tokens_output(),
             ],
         )
 

@@ -33,7 +33,7 @@ def encode(comfy, clip, text):
 
 
 def load(model, clip, name, *, strength_model=1.0, strength_clip=1.0, tokens=""):
-    from comfyui_personalize.nodes.dco import LoadDCOLoRA
+    from comfyui_personalize.nodes.load_dco import LoadDCOLoRA
 
     LoadDCOLoRA.fingerprint_inputs(
         model=None, clip=None, lora_name=name, strength_model=1.0, strength_clip=1.0, tokens=""
@@ -103,7 +103,7 @@ def test_the_authors_output_folder_loads_with_its_tokens(comfy, tools, loras):
 
 
 def test_our_own_files_bring_their_tokens_bundled_or_from_the_embeddings_folder(comfy, tools, loras):
-    from comfyui_personalize.nodes.dco import LoadDCOLoRA
+    from comfyui_personalize.nodes.load_dco import LoadDCOLoRA
 
     model, clip, _ = comfy.load("sd15")
     lora, rows = tools.random_lora(model), torch.randn(2, 64)

@@ -51,8 +51,8 @@ def sampled(comfy, load_helper):
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_a_textual_inversion_is_an_embedding_of_the_host(family, comfy, train, sampled):
-    from comfyui_personalize.nodes.dco import LoadLearnedTokens
     from comfyui_personalize.nodes.dvar import TrainTextualInversion
+    from comfyui_personalize.nodes.load_dco import LoadLearnedTokens
 
     name = f"word_{family}"
     output = train(TrainTextualInversion, name, family)
@@ -80,8 +80,8 @@ def test_dvar_stops_a_textual_inversion(comfy, train):
 
 
 def test_a_dreambooth_lora_loads_with_its_word(comfy, train, sampled):
-    from comfyui_personalize.nodes.dco import LoadDCOLoRA
     from comfyui_personalize.nodes.dvar import TrainDreamBoothLoRA
+    from comfyui_personalize.nodes.load_dco import LoadDCOLoRA
 
     output = train(TrainDreamBoothLoRA, "dreambooth", "sdxl", rank=2, learning_rate=1e-2)
     model, clip, _ = comfy.load("sdxl")

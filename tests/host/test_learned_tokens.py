@@ -160,8 +160,8 @@ def write(path, layout, rows):
     ],
 )
 def test_every_file_layout_through_the_node(comfy, lessons, layout, name, triggers):
-    from comfyui_personalize.nodes.dco import LoadLearnedTokens
     from comfyui_personalize.nodes.learned_tokens import teach
+    from comfyui_personalize.nodes.load_dco import LoadLearnedTokens
 
     clip, rows = lessons("sd15")
     folder = comfy.base / "models" / "embeddings" / layout
@@ -184,7 +184,7 @@ def test_every_file_layout_through_the_node(comfy, lessons, layout, name, trigge
 
 def test_names_given_by_hand_split_and_rename(comfy, lessons):
     from comfyui_personalize.models.errors import ConfigError
-    from comfyui_personalize.nodes.dco import LoadLearnedTokens
+    from comfyui_personalize.nodes.load_dco import LoadLearnedTokens
 
     clip, rows = lessons("sdxl")
     folder = comfy.base / "models" / "embeddings" / "by_hand"
@@ -199,7 +199,7 @@ def test_names_given_by_hand_split_and_rename(comfy, lessons):
 
 def test_files_without_tokens_are_refused(comfy, lessons):
     from comfyui_personalize.models.errors import FormatError
-    from comfyui_personalize.nodes.dco import LoadLearnedTokens
+    from comfyui_personalize.nodes.load_dco import LoadLearnedTokens
 
     class Payload:
         def __reduce__(self):

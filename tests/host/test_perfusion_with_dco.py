@@ -44,7 +44,7 @@ def both(comfy, tools, tiny_checkpoint, load_helper):
             return ApplyPerfusion.execute(model, clip, self.concepts).result
 
         def with_lora(self, model, clip):
-            from comfyui_personalize.nodes.dco import LoadDCOLoRA
+            from comfyui_personalize.nodes.load_dco import LoadDCOLoRA
 
             return LoadDCOLoRA.execute(model, self.lora, 1.0, 1.0, "", clip).args[:2]
 

@@ -90,7 +90,7 @@ def test_the_stock_loader_uses_every_layer_of_a_trained_lora(comfy, tools, train
 
 
 def test_our_loader_uses_every_layer_and_equals_the_stock_one(comfy, tools, trained):
-    from comfyui_personalize.nodes.dco import LoadDCOLoRA
+    from comfyui_personalize.nodes.load_dco import LoadDCOLoRA
     from comfyui_personalize.nodes.switchable_lora import chain
 
     name, _, _, deltas, path = trained
