@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .convert_lookahead import ConvertLookaheadCheckpoint
 from .custom_diffusion import LoadCustomDiffusion
-from .dataset import PersonalizationDataset, TrainingPicture
+from .dataset import PersonalizationDataset
 from .dco import KSamplerRewardGuidance, RewardGuiderNode
 from .dvar import TrainCustomDiffusion, TrainDreamBoothLoRA, TrainTextualInversion
 from .export_lookahead import ExportLookaheadEncoder
@@ -37,6 +37,7 @@ from .train_dco import TrainDCO
 from .train_lookahead import TrainLookaheadEncoder
 from .train_perfusion import EstimateTextCovariance, TrainPerfusion
 from .training_base import LoadTrainingBase
+from .training_picture import TrainingPicture
 
 NODES: list[type[io.ComfyNode]] = [
     TrainingPicture,

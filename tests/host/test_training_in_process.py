@@ -142,7 +142,8 @@ def test_cancel_while_the_result_is_saved(comfy, train, saved, monkeypatch):
 
 def test_linked_values_lead_nowhere_else(comfy, load_helper):
     from comfyui_personalize.models.errors import DatasetError
-    from comfyui_personalize.nodes.dataset import PersonalizationDataset, TrainingPicture
+    from comfyui_personalize.nodes.dataset import PersonalizationDataset
+    from comfyui_personalize.nodes.training_picture import TrainingPicture
 
     load_helper("host/training_graphs.py").picture().save(comfy.base / "secret.png")
     for name in ("../secret.png", "../secret.png [temp]", str(comfy.base / "secret.png"), ""):
