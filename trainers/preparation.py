@@ -1,192 +1,26 @@
-"""From settings and pictures to a training that is ready to step, and from there to its end: what recipes share."""
+"""From settings and pictures to a training that is ready to step: what recipes share."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
 
-from ..models.dvar import EvaluationBatch
-from ..models.schedules import NoiseSchedule
 from .base import TrainingBase, open_base
-from .batches import LatentBatches
-from .cache import Augmentation, LatentCache
-from .checkpoint import GeneratorState, check_states
-from .conditioning import Conditioning
+from .cache import Augmentation, LatentCache, ShrinkMask, average_cells
+from .checkpoint import check_states
 from .config import TrainConfig
 from .dataset import Dataset
 from .devices import dtype_of, free_memory, is_out_of_memory, out_of_memory, reset_peak_memory, resolve
-from .evaluation import Evaluation
-from .likeness import Likeness, PictureScore
-from .loop import TrainResult, train_loop
-from .optimizer import ParameterGroup, check_optimizer
-from .order import BatchOrder
+from .likeness import Likeness
+from .loop import TrainResult
+from .optimizer import check_optimizer
 from .outcome import Outcome, report
 from .output import OutputPlace
-from .preview import Previews
+from .prepared import Prepared, Surroundings, Text
 from .progress import Cancelled, FollowerProgress, Progress, SilentProgress
 from .ranks import Ranks
 from .settings import RunSettings, pick_device
-from .stopping import FixedSteps, StoppingRule
+from .stopping import FixedSteps
 from .text import check_tokens
-from .text_side import TextSide
-from .vae import Autoencoder
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """Where a recipe runs; the same for all of them.
-
-    Args:
-        stopping: None takes all the steps of the settings.
-        metadata: further entries for the saved files, such as the workflow.
-        before_loading: called when everything that can be checked beforehand has been, for instance to free the
-            device of other models.
-    """
-
-    device: torch.device
-    stopping: StoppingRule | None = None
-    progress: Progress | None = None
-    ranks: Ranks | None = None
-    metadata: Mapping[str, str] | None = None
-    before_loading: Callable[[], None] | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that a training needs, loaded and cached."""
-
-    config: TrainConfig
-    """With the precision that suits the device."""
-    base: TrainingBase
-    dataset: Dataset
-    place: OutputPlace
-    around: Surroundings
-    rule: StoppingRule
-    progress: Progress
-    ranks: Ranks
-    fingerprint: str
-    overwrite: bool
-    """Whether files of the same name are to be replaced, also because the run continues its own."""
-    generator: torch.Generator
-    latents: LatentCache
-    class_latents: LatentCache | None
-    text: TextSide
-    unet: nn.Module
-    """Frozen."""
-    vae: Autoencoder | None
-    """Off the device, where pictures are to be sampled."""
-    side: int
-    preview_prompt: str
-    likeness: Likeness | None
-    """What compares sampled pictures with the dataset's, where the rule asks for it."""
-    checked_prompts: tuple[str, ...]
-    """Those of the pictures that are then sampled."""
-
-    @property
-    def device(self) -> torch.device:
-        return self.around.device
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.base.schedule
-
-    @property
-    def sized(self) -> bool:
-        """Whether the UNet is told sizes, as SDXL's is."""
-        return self.base.family.size_conditioning
-
-    def start(self, order: BatchOrder) -> LatentBatches:
-        """Ready the UNet, to which the recipe has attached what it trains, and draw from ``order``."""
-        if self.config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.unet.train()
-        return LatentBatches(
-            self.config,
-            order,
-            self.generator,
-            self.latents,
-            self.class_latents,
-            self.base.schedule.timesteps,
-            self.ranks,
-        )
-
-    def told_sizes(self, time_ids: Tensor) -> Tensor | None:
-        """The rows' sizes on the device, or None for a UNet that is told none."""
-        return time_ids.to(self.device) if self.sized else None
-
-    def run(
-        self,
-        groups: Sequence[ParameterGroup],
-        order: BatchOrder,
-        step: Callable[[], Tensor],
-        *,
-        evaluate: Callable[[EvaluationBatch], Tensor],
-        save: Callable[[], Sequence[Path]],
-    ) -> Outcome:
-        """Train to the end.
-
-        Args:
-            step, groups: as for train_loop; those of the text side included.
-            evaluate: the recipe's loss on the batch that a stopping rule asks for.
-            save: writes what was learned.
-        """
-        files: list[Path] = []
-
-        def conditioning(prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
-            sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]])
-            time_ids = self.told_sizes(sizes.expand(len(prompts), -1))
-            return self.text.reference([""] * len(prompts), time_ids), self.text.policy(list(prompts), time_ids)
-
-        previews = Previews(
-            self.config,
-            self.unet,
-            self.vae,
-            self.schedule,
-            lambda: conditioning([self.preview_prompt]),
-            side=self.side,
-            device=self.device,
-            progress=self.progress,
-        )
-        evaluation = None
-        if self.rule.evaluation is not None:
-            timesteps = self.base.schedule.timesteps
-            evaluation = Evaluation(
-                self.rule.evaluation, self.latents, timesteps=timesteps, seed=self.config.seed, loss=evaluate
-            )
-        elif self.likeness is not None:
-            evaluation = PictureScore(
-                self.rule.pictures,
-                self.likeness,
-                self.checked_prompts,
-                conditioning,
-                config=self.config,
-                unet=self.unet,
-                vae=self.vae,
-                schedule=self.schedule,
-                side=self.side,
-                device=self.device,
-                ranks=self.ranks,
-            )
-        result = train_loop(
-            self.config,
-            groups,
-            step,
-            device=self.device,
-            state={"generator": GeneratorState(self.generator), "order": order},
-            clip_also=self.text.clip_also,
-            after_step=self.text.retract,
-            stopping=self.rule,
-            evaluation=evaluation,
-            progress=self.progress,
-            ranks=self.ranks,
-            run_folder=self.place.run_folder,
-            fingerprint=self.fingerprint,
-            preview=previews.make,
-            save=lambda finished: files.extend(save()),
-        )
-        return Outcome(result, tuple(files), previews.last)
 
 
 def prepare(
@@ -196,11 +30,16 @@ def prepare(
     place: OutputPlace,
     around: Surroundings,
     *,
-    text: Callable[..., TextSide],
+    text: Callable[..., Text],
     main: bool = True,
+    embeddings: bool = True,
+    identities: Sequence[str] = (),
     augmentation: Augmentation | None = None,
+    shrink_mask: ShrinkMask = average_cells,
+    side: int = 0,
     prompts: Sequence[str] = (),
-) -> Prepared | Outcome:
+    preview_prompt: str = "",
+) -> Prepared[Text] | Outcome:
     """Check everything that can be checked, then cache latents and encodings and load the UNet.
 
     The autoencoder and, unless they are trained, the text encoders have left the device afterwards.
@@ -209,9 +48,14 @@ def prepare(
         text: makes the text side, of ``(config, tokenizer, prompts=…, device=…, generator=…)``; the config is the
             resolved one.
         main: whether a file is written besides the embeddings.
+        embeddings: whether tokens have files of their own.
+        identities: of what else decides the course of training, besides settings, base and pictures.
         augmentation: of the pictures of the dataset, not of its class.
-        prompts: what pictures are shown with, where that is not their captions. Previews take the first one, where
-            the settings name none, and a stopping rule that samples pictures takes some.
+        shrink_mask: how masks come to the size of latents.
+        side: of the square pictures in pixels; 0 takes the settings' or else the base's own.
+        prompts: what pictures are shown with, where that is not their captions. A stopping rule that samples pictures
+            takes some.
+        preview_prompt: what previews show; empty takes the settings' or else the first of the prompts.
 
     Returns:
         The outcome when the user cancelled.
@@ -225,11 +69,16 @@ def prepare(
     config = resolve(config, device)
     rule = around.stopping or FixedSteps()
     fingerprint = config.resume_fingerprint(
-        rule.limit(config.steps), base.fingerprint, dataset.fingerprint, rule.identity(), str(ranks.count)
+        rule.limit(config.steps),
+        base.fingerprint,
+        dataset.fingerprint,
+        *identities,
+        rule.identity(),
+        str(ranks.count),
     )
     dtype = dtype_of(config.precision, device)
     resumed = check_states(place.run_folder, fingerprint, resume=config.resume, overwrite=place.overwrite)
-    place.check(dataset.tokens, main=main, may_exist=resumed)
+    place.check(dataset.tokens if embeddings else (), main=main, may_exist=resumed)
     check_optimizer(config)
     if rule.evaluation is not None:
         rule.evaluation.check(base.schedule.timesteps)
@@ -240,9 +89,9 @@ def prepare(
     if around.before_loading is not None:
         around.before_loading()
     reset_peak_memory(device)
-    side = config.resolution or base.family.resolution
+    side = side or config.resolution or base.family.resolution
     prompts = prompts or list(dict.fromkeys(example.caption for example in dataset.examples))
-    preview_prompt = config.preview_prompt or prompts[0]
+    preview_prompt = preview_prompt or config.preview_prompt or prompts[0]
     checked_prompts = tuple(rule.pictures.choose(prompts)) if rule.pictures is not None else ()
     generator = torch.Generator().manual_seed(config.seed)
     cancelled = False
@@ -254,6 +103,7 @@ def prepare(
             "variants": config.crop_variants,
             "flip": config.flip,
             "seed": config.seed,
+            "shrink_mask": shrink_mask,
             "progress": progress,
         }
         latents = LatentCache.build(dataset.examples, vae, augmentation=augmentation, **cuts)

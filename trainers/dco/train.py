@@ -14,7 +14,8 @@ from ..optimizer import ParameterGroup
 from ..order import BatchOrder
 from ..outcome import Outcome
 from ..output import OutputPlace, save_personalization
-from ..preparation import Surroundings, prepare, run_from_settings
+from ..preparation import prepare, run_from_settings
+from ..prepared import Surroundings
 from ..progress import Progress
 from ..ranks import Ranks
 from ..text_side import TextSettings, TextSide
@@ -93,7 +94,9 @@ def train(config: DCOConfig, base: TrainingBase, dataset: Dataset, place: Output
 
     evaluate = FixedLoss(config, unet, schedule, text, dataset, prepared.latents, sized=prepared.sized, device=device)
     groups = [ParameterGroup("unet", unet_lora, config.learning_rate, config.weight_decay), *text.groups]
-    return prepared.run(groups, order, step, evaluate=evaluate, save=save)
+    return prepared.run(
+        groups, order, step, evaluate=evaluate, save=save, clip_also=text.clip_also, after_step=text.retract
+    )
 
 
 def text_settings(config: DCOConfig) -> TextSettings:

@@ -32,7 +32,8 @@ from ..dataset import Dataset
 from ..outcome import Outcome
 from ..output import OutputPlace, narrowed, rows_of_tokens, save_embeddings
 from ..pictures import Cut
-from ..preparation import Prepared, run_from_settings
+from ..preparation import run_from_settings
+from ..prepared import Prepared
 from ..progress import Progress
 from ..ranks import Ranks
 from .config import CustomDiffusionConfig, CustomDiffusionRun

@@ -6,7 +6,7 @@ from ...models.denoising import denoising_error
 from ...models.dvar import EvaluationBatch
 from ..conditioning import predict
 from ..devices import autocast
-from ..preparation import Prepared
+from ..prepared import Prepared
 from ..prompts import Prompts
 
 

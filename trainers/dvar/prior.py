@@ -9,7 +9,7 @@ from ..class_pictures import ClassPictures
 from ..dataset import Dataset
 from ..devices import is_out_of_memory, out_of_memory, resolve_precision
 from ..output import OutputPlace
-from ..preparation import Surroundings
+from ..prepared import Surroundings
 from ..progress import FollowerProgress, SilentProgress
 from ..ranks import Ranks
 from .config import PriorConfig

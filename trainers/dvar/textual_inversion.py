@@ -9,7 +9,8 @@ from ..config import build
 from ..dataset import Dataset
 from ..outcome import Outcome
 from ..output import OutputPlace, save_embeddings
-from ..preparation import Prepared, run_from_settings
+from ..preparation import run_from_settings
+from ..prepared import Prepared
 from ..progress import Progress
 from ..ranks import Ranks
 from .config import TextualInversionConfig, TextualInversionRun

@@ -19,7 +19,8 @@ from ..optimizer import ParameterGroup
 from ..order import BatchOrder
 from ..outcome import Outcome
 from ..output import OutputPlace
-from ..preparation import Prepared, Surroundings, prepare
+from ..preparation import prepare
+from ..prepared import Prepared, Surroundings
 from ..progress import Cancelled
 from ..prompts import Prompts
 from ..text import refuse_cut_initializers

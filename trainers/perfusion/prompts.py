@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -44,6 +45,18 @@ class Prompt:
     text: str
     superclass: str
 
+    @classmethod
+    def of(cls, text: str, token: LearnedToken) -> Self:
+        """The prompt that names the word; its initializer is the superclass."""
+        return cls(text, replace_triggers(text, {token.trigger: token.initializer}))
+
+
+def all_prompts(dataset: Dataset, token: LearnedToken, templates: Sequence[str] | None) -> list[Prompt]:
+    """Templates in their order or, where they are None, the captions in the pictures' order."""
+    if templates is None:
+        return [Prompt.of(example.caption, token) for example in dataset.examples]
+    return [Prompt.of(template.replace("{}", token.trigger), token) for template in templates]
+
 
 class PromptDraws:
     """The prompt of every picture of a batch; templates are drawn alike on every rank, which keeps its own."""
@@ -58,12 +71,7 @@ class PromptDraws:
         ranks: Ranks,
     ) -> None:
         """Args: templates: None takes the pictures' own captions."""
-        texts = [example.caption for example in dataset.examples]
-        if templates is not None:
-            texts = [template.replace("{}", token.trigger) for template in templates]
-        words = {token.trigger: token.initializer}
-        self.all = [Prompt(text, replace_triggers(text, words)) for text in texts]
-        """Templates in their order, or the captions in the pictures' order."""
+        self.all = all_prompts(dataset, token, templates)
         self._drawn, self._generator = templates is not None, generator
         self._count = batch_size * ranks.count
         self._mine = slice(batch_size * ranks.index, batch_size * (ranks.index + 1))

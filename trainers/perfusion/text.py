@@ -8,6 +8,7 @@ from torch import Tensor
 from ...models.families import Family
 from ...models.perfusion import concept_row
 from ...models.tokens import LearnedToken
+from ..conditioning import Conditioning
 from ..text import LENGTH, PromptEmbeds, PromptEncoder, initializer_ids
 from .prompts import Prompt
 
@@ -15,9 +16,21 @@ from .prompts import Prompt
 class ConceptText:
     """Encodes prompts, and finds the row of their encoding that is the concept's."""
 
-    def __init__(self, family: Family, encoders: Sequence[torch.nn.Module], tokenizer, token: LearnedToken) -> None:
-        """Args: tokenizer: transformers' CLIPTokenizer."""
+    def __init__(
+        self,
+        family: Family,
+        encoders: Sequence[torch.nn.Module],
+        tokenizer,
+        token: LearnedToken,
+        *,
+        frozen: Sequence[str] = (),
+    ) -> None:
+        """Args:
+        tokenizer: transformers' CLIPTokenizer.
+        frozen: prompts without the word that the reference will be asked for.
+        """
         self._encoder = PromptEncoder(family, encoders, tokenizer, [token])
+        self._frozen = {text: self.encode_frozen([text]).to(self._encoder.device) for text in frozen}
         self._slot = family.encoders[0]
         self._more = len(initializer_ids(token, tokenizer)) - 1
         self._rows: dict[str, int] = {}
@@ -34,6 +47,16 @@ class ConceptText:
     def encode_frozen(self, texts: Sequence[str]) -> PromptEmbeds:
         """Encodings without gradient, on the CPU."""
         return self._encoder.encode_frozen(list(texts))
+
+    def policy(self, prompts: Sequence[str], time_ids: Tensor | None) -> Conditioning:
+        """Conditioning of prompts with the word as trained so far."""
+        embeds = self._encoder.encode(prompts)
+        return Conditioning(embeds.embeds, embeds.pooled, time_ids)
+
+    def reference(self, prompts: Sequence[str], time_ids: Tensor | None) -> Conditioning:
+        """Conditioning without gradient, of frozen prompts alone."""
+        embeds = PromptEmbeds.join([self._frozen[prompt] for prompt in prompts])
+        return Conditioning(embeds.embeds, embeds.pooled, time_ids)
 
     def rows(self, prompts: Sequence[Prompt]) -> Tensor:
         """Row of the word's first vector in each prompt, (prompts,).

@@ -11,7 +11,7 @@ from comfyui_personalize.trainers.class_pictures import ClassPictures
 from comfyui_personalize.trainers.dvar import custom_diffusion, dreambooth
 from comfyui_personalize.trainers.dvar.config import CustomDiffusionConfig, DreamBoothConfig
 from comfyui_personalize.trainers.dvar.prior import with_class_pictures
-from comfyui_personalize.trainers.preparation import Surroundings
+from comfyui_personalize.trainers.prepared import Surroundings
 from comfyui_personalize.trainers.progress import SilentProgress
 from comfyui_personalize.trainers.ranks import Ranks
 
