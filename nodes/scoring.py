@@ -16,7 +16,7 @@ from ..models.similarity import Score, matched_similarity, mean_similarity
 from ..trainers.pictures import OpenPicture
 from ..trainers.scoring import load_clip_judge, load_dino_judge
 from . import _host
-from .preview_losses import text_target
+from .clip_embeddings import text_target
 
 CLIP_I, CLIP_T, DINO, FACE = MEASURES = ("CLIP-I", "CLIP-T", "DINO", "face")
 AT_ONCE = 16

@@ -67,7 +67,7 @@ def guidance(comfy, tools, family, losses, **settings):
 
 def test_clip_sees_what_the_host_sees(comfy, clip_vision):
     """All but the rounding to 8 bits, which this picture has behind it."""
-    from comfyui_personalize.nodes.preview_losses import embed_pictures
+    from comfyui_personalize.nodes.clip_embeddings import embed_pictures
 
     image = (pictures(2) * 255).round() / 255
     expected = clip_vision.encode_image(image)["image_embeds"]
@@ -121,7 +121,8 @@ def test_losses_are_chained_and_those_of_weight_zero_left_out(comfy, clip_vision
 
 def test_words_need_an_encoder_that_shares_a_space_with_pictures(comfy, clip_vision):
     from comfyui_personalize.models.errors import ConfigError, IncompatibleModelError
-    from comfyui_personalize.nodes.preview_losses import ClipLossNode, text_target
+    from comfyui_personalize.nodes.clip_embeddings import text_target
+    from comfyui_personalize.nodes.preview_losses import ClipLossNode
 
     def text_loss(clip):
         return ClipLossNode.execute(clip_vision, "a red ring", 1.0, clip=clip)
