@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+Name = io.Custom("COMBO,STRING")
+"""The name of what was saved, which list widgets and text widgets take alike: str."""
 Base = io.Custom("PERSONALIZE_BASE")
 """A checkpoint opened for training: trainers.base.TrainingBase."""
 Dataset = io.Custom("PERSONALIZE_DATASET")

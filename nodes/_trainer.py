@@ -203,7 +203,7 @@ def _shown(node: type[io.ComfyNode], images, summary: str) -> Mapping[str, Any]:
 
 
 OUTPUTS = [
-    io.Custom("COMBO,STRING").Output(
+    _sockets.Name.Output(
         display_name="lora_name", tooltip="Name of the trained file; connect it to Load DCO LoRA's lora_name."
     ),
     io.Image.Output(

@@ -11,7 +11,7 @@ from ..models.formats import describe, refuse_taken, safe_name
 from ..models.lookahead.convert import ConversionReport, convert_checkpoint
 from ..models.lookahead.encoder import FORMAT, write_encoder
 from ..models.mapped import map_weights
-from . import _host, _trainer
+from . import _host, _sockets, _trainer
 from ._choices import first_refusal, known
 from ._folders import ENCODERS
 
@@ -49,7 +49,7 @@ class ConvertLookaheadCheckpoint(io.ComfyNode):
                 _trainer.OVERWRITE,
             ],
             outputs=[
-                io.Custom("COMBO,STRING").Output(display_name="encoder_name"),
+                _sockets.Name.Output(display_name="encoder_name"),
                 io.String.Output(display_name="report"),
             ],
         )

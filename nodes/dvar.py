@@ -115,7 +115,7 @@ class TrainTextualInversion(_TrainMethod):
                 default="my_dog",
                 tooltip="Name of the embedding file. It appears in the lists after pressing R.",
             ),
-            trained=io.Custom("COMBO,STRING").Output(
+            trained=_sockets.Name.Output(
                 display_name="embedding_name",
                 tooltip="Name of the trained file; connect it to Load Learned Tokens' embedding_name.",
             ),
@@ -174,7 +174,7 @@ class TrainCustomDiffusion(_TrainMethod):
                 default="my_dog",
                 tooltip="Name of the file in models/custom_diffusion and of the embedding file.",
             ),
-            trained=io.Custom("COMBO,STRING").Output(
+            trained=_sockets.Name.Output(
                 display_name="custom_name",
                 tooltip="Name of the trained file; connect it to Load Custom Diffusion's custom_name.",
             ),

@@ -36,7 +36,7 @@ class ExportLookaheadEncoder(io.ComfyNode):
                 _trainer.OVERWRITE,
             ],
             outputs=[
-                io.Custom("COMBO,STRING").Output(display_name="encoder_name"),
+                _sockets.Name.Output(display_name="encoder_name"),
                 io.String.Output(display_name="report", tooltip="How the authors' infer.py reads the file."),
             ],
         )

@@ -9,7 +9,7 @@ from ..models.errors import IncompatibleModelError
 from ..models.families import FAMILIES
 from ..models.formats import read_weights, safe_name, stored_layers_per_block, write_safetensors
 from ..models.lora import diffusers_tensors, kohya_tensors, parse_lora
-from . import _host, _trainer
+from . import _host, _sockets, _trainer
 from ._choices import first_refusal, known
 
 LAYOUTS = ["kohya (ComfyUI, A1111, Forge)", "diffusers"]
@@ -40,7 +40,7 @@ class ExportLoRA(io.ComfyNode):
                 io.String.Input("output_name", default="exported", tooltip="Name of the new file, without ending."),
                 _trainer.OVERWRITE,
             ],
-            outputs=[io.Custom("COMBO,STRING").Output(display_name="lora_name")],
+            outputs=[_sockets.Name.Output(display_name="lora_name")],
         )
 
     @classmethod

@@ -136,7 +136,7 @@ class SaveIdentity(io.ComfyNode):
                 _trainer.OVERWRITE,
             ],
             outputs=[
-                io.Custom("COMBO,STRING").Output(
+                _sockets.Name.Output(
                     display_name="identity_name", tooltip="Name of the file; connect it to Load Identity."
                 )
             ],

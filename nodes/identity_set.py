@@ -12,7 +12,7 @@ from ..models.errors import ConfigError, DatasetError
 from ..models.formats import safe_name
 from ..trainers.lookahead.identity_set import METADATA, SEEDS, IdentitySet, Portrait, portraits
 from ..trainers.pictures import Picture
-from . import _host, _trainer
+from . import _host, _sockets, _trainer
 from ._choices import first_refusal, known, single
 
 SHIPPED, NO_FILE = "shipped", "(none)"
@@ -165,7 +165,7 @@ class SaveIdentitySet(io.ComfyNode):
                              tooltip="Number in the file's name; the pictures of a batch count on from it."),
             ],
             outputs=[
-                io.Custom("COMBO,STRING").Output(
+                _sockets.Name.Output(
                     display_name="set_name",
                     tooltip="Name of the folder; connect it to Train Lookahead Encoder's people_folder.",
                 ),

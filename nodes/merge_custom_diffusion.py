@@ -56,7 +56,7 @@ class MergeCustomDiffusion(io.ComfyNode):
                 _trainer.OVERWRITE,
             ],
             outputs=[
-                io.Custom("COMBO,STRING").Output(
+                _sockets.Name.Output(
                     display_name="custom_name",
                     tooltip="Name of the file; connect it to Load Custom Diffusion's custom_name.",
                 ),

@@ -59,7 +59,7 @@ class TrainPerfusion(io.ComfyNode):
                 _trainer.STOPPING,
             ],
             outputs=[
-                io.Custom("COMBO,STRING").Output(
+                _sockets.Name.Output(
                     display_name="concept_name",
                     tooltip="Name of the trained file; connect it to Load Perfusion Concept's concept_name.",
                 ),
@@ -141,7 +141,7 @@ class EstimateTextCovariance(io.ComfyNode):
                 _trainer.OVERWRITE,
             ],
             outputs=[
-                io.Custom("COMBO,STRING").Output(
+                _sockets.Name.Output(
                     display_name="covariance_name",
                     tooltip="Name of the file; connect it to Train Perfusion's covariance_name.",
                 ),
