@@ -6,7 +6,7 @@ self-attention, and the adapter's tokens beside their cross-attention. Nothing i
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,64 +14,16 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor, nn
 
-from ..models.errors import ConfigError, IncompatibleModelError
+from ..models.errors import ConfigError
 from ..models.lookahead import append_or_repeat, for_batch, region_tokens
 from ..models.lookahead.encoder import LookaheadEncoder
 from ..models.lookahead.encoder_parts import KeyValueCopy
 from ..models.lookahead.identity import Identity
-from .lora_layers import LayerPatch, model_label
-from .switchable_lora import SwitchableLora, call_options, require_unet
+from .identity_roles import ROLES, RUN, Role, Run
+from .switchable_lora import call_options
 from .unet_names import host_names
 
-KEY = "personalize_identity"
-"""Key of our wrappers on a MODEL."""
-ROLES, RUN = "personalize_identity_roles", "personalize_identity_run"
-"""Entries of the host's transformer_options: {uuid of a conditioning: Role}, and the sampling run's `Run`."""
-
-
-@dataclass(frozen=True)
-class Role:
-    """What the rows of one conditioning do in a UNet call."""
-
-    keep: str | None = None
-    """Name under which the keys and values of these rows are kept: an encoder pass."""
-    tokens: str | None = None
-    """Which identity tokens cross-attention sees, "cond" or "uncond"."""
-    shared: str | None = None
-    """Name of the kept keys and values that self-attention sees."""
-    area: tuple[int, ...] | None = None
-    """Height, width, top and left of the part of the latent that the conditioning is for; None is all of it."""
-
-
 _NOTHING = Role()
-
-
-@dataclass
-class Run:
-    """What is made once for a sampling run, so that nothing of it outlives it on the device."""
-
-    pictures: int = 1
-    """Reference pictures of each row; in an encoder pass all rows' first pictures come before the second ones."""
-    size: tuple[int, int] | None = None
-    """Height and width of the whole latent."""
-    latents: Tensor | None = None
-    """The references, scaled for the UNet, (pictures * rows, channels, height, width)."""
-    noise: Tensor | None = None
-    """What they are noised with, same shape; None leaves them clean."""
-    sigma: float | None = None
-    """Noise level of the references."""
-    references: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
-    """Name -> block -> keys and values, (rows, pictures * tokens, heads * dim)."""
-    made: dict[tuple, Any] = field(default_factory=dict)
-    """Tensors that are the same in every step."""
-
-    def __deepcopy__(self, memo: dict) -> "Run":
-        return self
-
-    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
 
 
 class _AllKept(Exception):  # noqa: N818 - nothing went wrong
@@ -313,29 +265,3 @@ def _project(projection: nn.Module, copy: KeyValueCopy, x: Tensor) -> Tensor:
         return F.linear(x, copy.to(x))
     own = type(projection).forward(projection, x)  # past its hooks, yet through the host's casts and patches
     return own if copy is None else own + copy.to(x).linear(x)
-
-
-def check_fit(model, encoder: LookaheadEncoder) -> None:
-    """Raise IncompatibleModelError unless the encoder was made for this MODEL's UNet."""
-    require_unet(model, f"{encoder.name} needs", "use another kind of adapter")
-    network = model.model.diffusion_model
-    if network.num_classes is None:
-        raise IncompatibleModelError(
-            f"{encoder.name} is for SDXL, this model is an {model_label(model)}; load an SDXL one"
-        )
-    channels = network.input_blocks[0][0].weight.shape[1]
-    if channels != model.model.latent_format.latent_channels:
-        raise IncompatibleModelError(
-            f"{encoder.name} is for SDXL, this model takes {channels} channels as inpainting models do; load an "
-            "ordinary SDXL model and give the latent a noise mask"
-        )
-    attentions = {name: own for name, own in host_names(model).items() if ".attn" in name}
-    shapes = {name: network.get_submodule(own).weight.shape for name, own in attentions.items()}
-    encoder.check_fit(shapes)
-
-
-def encoder_lora(model, encoder: LookaheadEncoder) -> SwitchableLora:
-    """The encoder's LoRA, to be on in the encoder pass alone."""
-    names = host_names(model)
-    layers = {names[module]: LayerPatch(low_rank=delta) for module, delta in encoder.lora.items()}
-    return SwitchableLora(encoder.name, layers, 1.0)

@@ -15,8 +15,10 @@ from ..models.guidance import text_guidance
 from ..models.lookahead import Row, few_step_weights, for_batch, guidance_weights, lookahead_guidance
 from ..models.lookahead.encoder import LookaheadEncoder
 from ..models.lookahead.identity import Identity
+from .encoder_fit import check_fit, encoder_lora
 from .guiding import Conditioning, Entries, SigmaRange, TermGuider
-from .identity_attention import KEY, ROLES, RUN, IdentityAttention, Role, Run, check_fit, encoder_lora
+from .identity_attention import IdentityAttention
+from .identity_roles import KEY, ROLES, RUN, Role, Run
 from .rank_one_edits import KEY as EDITS
 from .switchable_lora import TAG, attach, chain, switched, tagged
 

@@ -29,7 +29,7 @@ def measure(comfy, checkpoint, encoder, identity, side: int, rounds: int) -> dic
 
 
 def _measure(comfy, guider, observer, vae, picture, side: int, rounds: int) -> dict:
-    from comfyui_personalize.nodes.identity_attention import KEY, RUN
+    from comfyui_personalize.nodes.identity_roles import KEY, RUN
     from comfyui_personalize.nodes.lookahead_guider import ROWS
 
     found: dict = {"ours_vae": 0, "authors_vae": 1}
@@ -106,7 +106,8 @@ def full_size_work(comfy, side: int = 1024) -> dict[str, float]:
 
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from comfyui_personalize.nodes.identity_attention import KEY, ROLES, RUN, IdentityAttention, Role, Run
+    from comfyui_personalize.nodes.identity_attention import IdentityAttention
+    from comfyui_personalize.nodes.identity_roles import KEY, ROLES, RUN, Role, Run
 
     def counted(_chosen, *args, **settings):  # the others ask the device how much memory it has
         return attention_pytorch(*args, **settings)

@@ -203,7 +203,7 @@ def test_the_order_of_rows_does_not_matter(comfy, person, side):
 
 
 def test_a_second_stage_without_noise_still_noises_the_reference(comfy, tools, person):
-    from comfyui_personalize.nodes.identity_attention import RUN
+    from comfyui_personalize.nodes.identity_roles import RUN
 
     scene = person()
     guider, seen = scene.guider(), []
@@ -256,7 +256,7 @@ def test_few_steps_with_everything_off_are_the_plain_model_in_any_sampler(tools,
 
 def test_concepts_act_on_the_picture_alone(comfy, tools, person, load_helper):
     from comfyui_personalize.nodes.guiding import SigmaRange
-    from comfyui_personalize.nodes.identity_attention import RUN
+    from comfyui_personalize.nodes.identity_roles import RUN
     from comfyui_personalize.nodes.rank_one_edits import GatedConcept, attach
 
     scene, kept = person(), []
@@ -323,7 +323,7 @@ def test_a_lora_of_the_user_works_beside_it(tools, person):
 
 
 def test_a_switchable_lora_leaves_the_encoder_pass_alone(tools, person):
-    from comfyui_personalize.nodes.identity_attention import RUN
+    from comfyui_personalize.nodes.identity_roles import RUN
 
     scene = person()
     kept = []

@@ -44,7 +44,9 @@ class Bench:
     """Single calls of the UNet, outside any sampling."""
 
     def __init__(self, case, model, encoder, scale=1.0):
-        from comfyui_personalize.nodes.identity_attention import IdentityAttention, Run, encoder_lora
+        from comfyui_personalize.nodes.encoder_fit import encoder_lora
+        from comfyui_personalize.nodes.identity_attention import IdentityAttention
+        from comfyui_personalize.nodes.identity_roles import Run
 
         inputs = case.inputs
         identity = identity_of(encoder, inputs.get("adapter", inputs.get("enc_adapter")), None)
@@ -54,7 +56,7 @@ class Bench:
 
     def unet(self, role, prefix, **settings):
         """One call on the inputs of that prefix, all rows of which have one role."""
-        from comfyui_personalize.nodes.identity_attention import KEY, ROLES, RUN
+        from comfyui_personalize.nodes.identity_roles import KEY, ROLES, RUN
 
         chunk = uuid.uuid4()
         lora = self.lora if role.keep else []
@@ -74,7 +76,7 @@ class Bench:
         )
 
     def encode(self, prefix="enc_"):
-        from comfyui_personalize.nodes.identity_attention import Role
+        from comfyui_personalize.nodes.identity_roles import Role
 
         self.unet(Role(keep="face"), prefix)
         return self.run.references["face"]
@@ -88,7 +90,8 @@ def test_keys_and_values_of_the_encoder_pass(load_case, path):
     assert set(kept) == set(case.config["modules"])
     statistics = {f"stats.{which}": [] for which in ("self_k", "self_v", "cross_k", "cross_v")}
     for block in case.config["modules"]:
-        from comfyui_personalize.nodes.identity_attention import Role, _Call
+        from comfyui_personalize.nodes.identity_attention import _Call
+        from comfyui_personalize.nodes.identity_roles import Role
 
         shape = bench.inputs["sample"].shape
         call = _Call(bench.attention, None, (Role(tokens="cond"),), bench.run, None, shape, {})
@@ -123,7 +126,7 @@ def authors_freeu(b1, b2, s1, s2):
 
 @lookahead_cases("03_*")
 def test_decoder_pass(load_case, path):
-    from comfyui_personalize.nodes.identity_attention import Role
+    from comfyui_personalize.nodes.identity_roles import Role
 
     case, model, encoder = load_case(path)
     plain, shared = Role(tokens="cond"), Role(tokens="cond", shared="face")
@@ -146,7 +149,7 @@ def test_decoder_pass(load_case, path):
 
 @lookahead_cases("03b_*")
 def test_reference_of_another_size_and_controlnet(load_case, path):
-    from comfyui_personalize.nodes.identity_attention import Role
+    from comfyui_personalize.nodes.identity_roles import Role
 
     case, model, encoder = load_case(path)
     bench = Bench(case, model, encoder)
@@ -162,7 +165,7 @@ def test_reference_of_another_size_and_controlnet(load_case, path):
 @lookahead_cases("04_*")
 def test_dropped_tokens(load_case, path):
     from comfyui_personalize.models.lookahead import kept_tokens
-    from comfyui_personalize.nodes.identity_attention import Role
+    from comfyui_personalize.nodes.identity_roles import Role
 
     case, model, encoder = load_case(path)
     bench = Bench(case, model, encoder)

@@ -66,7 +66,8 @@ def test_a_trained_encoder_predicts_the_same_in_both_unets(comfy, train, tiny_ch
     from comfyui_personalize.models.lookahead import IdentityTokens
     from comfyui_personalize.models.lookahead.encoder import encoder_tensors
     from comfyui_personalize.models.lookahead.identity import Identity, fingerprint
-    from comfyui_personalize.nodes import identity_attention as host
+    from comfyui_personalize.nodes import identity_attention, identity_roles
+    from comfyui_personalize.nodes.encoder_fit import encoder_lora
     from comfyui_personalize.nodes.identity import LoadLookaheadEncoder
     from comfyui_personalize.trainers.base import open_base
     from comfyui_personalize.trainers.conditioning import Conditioning
@@ -97,20 +98,20 @@ def test_a_trained_encoder_predicts_the_same_in_both_unets(comfy, train, tiny_ch
 
     patcher, _, _ = comfy.load("sdxl")
     comfy.model_management.load_model_gpu(patcher)
-    inner, run = patcher.model.diffusion_model.to(torch.float32), host.Run()
+    inner, run = patcher.model.diffusion_model.to(torch.float32), identity_roles.Run()
     vector = patcher.model.encode_adm(pooled_output=pooled, **sizes)
     identity = Identity(IdentityTokens(tokens, None), None, fingerprint(encoder.resampler))
-    attention = host.IdentityAttention(patcher, encoder, identity, adapter_scale=1.0)
-    lora = [host.encoder_lora(patcher, encoder)]
+    attention = identity_attention.IdentityAttention(patcher, encoder, identity, adapter_scale=1.0)
+    lora = [encoder_lora(patcher, encoder)]
 
     def call(x, role):
         chunk = uuid.uuid4()
-        wrappers = {"diffusion_model": {"lora": lora if role.keep else [], host.KEY: [attention]}}
-        options = {"wrappers": wrappers, "uuids": [chunk], host.ROLES: {chunk: role}, host.RUN: run}
+        wrappers = {"diffusion_model": {"lora": lora if role.keep else [], identity_roles.KEY: [attention]}}
+        options = {"wrappers": wrappers, "uuids": [chunk], identity_roles.ROLES: {chunk: role}, identity_roles.RUN: run}
         return inner(x, timesteps, context=context, y=vector, transformer_options=options)
 
-    call(reference, host.Role(keep="face"))
-    found = call(noisy, host.Role(tokens="cond", shared="face"))
+    call(reference, identity_roles.Role(keep="face"))
+    found = call(noisy, identity_roles.Role(tokens="cond", shared="face"))
     relative = load_helper("host/sampling.py").relative
     assert run.references["face"].keys() == shared.keys()
     for block, pair in shared.items():
