@@ -2,7 +2,8 @@
 
 from ..models.errors import IncompatibleModelError
 from ..models.lookahead.encoder import LookaheadEncoder
-from .lora_layers import LayerPatch, model_label
+from .families import model_label
+from .lora_layers import LayerPatch
 from .switchable_lora import SwitchableLora, require_unet
 from .unet_names import host_names
 
