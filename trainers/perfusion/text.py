@@ -32,6 +32,7 @@ class ConceptText:
         self._encoder = PromptEncoder(family, encoders, tokenizer, [token])
         self._frozen = {text: self.encode_frozen([text]).to(self._encoder.device) for text in frozen}
         self._slot = family.encoders[0]
+        self._last = token.rows - 1
         self._more = len(initializer_ids(token, tokenizer)) - 1
         self._rows: dict[str, int] = {}
 
@@ -59,7 +60,7 @@ class ConceptText:
         return Conditioning(embeds.embeds, embeds.pooled, time_ids)
 
     def rows(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Row of the word's first vector in each prompt, (prompts,).
+        """Row of the word in each prompt, (prompts,); of several vectors the last, the only one that has read them all.
 
         Raises:
             DatasetError: a prompt lacks the word among the tokens that are read.
@@ -67,14 +68,11 @@ class ConceptText:
         return torch.tensor([self._row(prompt.text) for prompt in prompts])
 
     def superclass_rows(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Row of the superclass in each prompt with it, (prompts,).
-
-        Of several tokens it is the last one, the only one that has read them all.
-        """
-        return (self.rows(prompts) + self._more).clamp(max=LENGTH - 2)
+        """Row of the superclass in each prompt with it, (prompts,); of several tokens the last."""
+        return (self.rows(prompts) - self._last + self._more).clamp(max=LENGTH - 2)
 
     def _row(self, text: str) -> int:
         if text not in self._rows:
             ids = self._encoder.token_ids(text, self._slot)
-            self._rows[text] = concept_row(ids, len(self._encoder.table(self._slot.key)))
+            self._rows[text] = concept_row(ids, len(self._encoder.table(self._slot.key)) + self._last)
         return self._rows[text]

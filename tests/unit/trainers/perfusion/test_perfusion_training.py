@@ -241,6 +241,16 @@ def test_a_word_of_several_rows_and_a_superclass_of_several_tokens(tiny, inside)
     assert concept.superclass == "brown teddy bear" and concept.trigger == "<bear>"
 
 
+def test_the_target_input_follows_the_last_of_several_rows(tiny, inside):
+    token = LearnedToken("<bear>", "brown teddy bear", 3)
+    settings = {"ema_decay": 0.0, "batch_size": 1, "learning_rate": 1e-6, "prompts": "captions"}
+    tiny.train(dataset=tiny.dataset(token), steps=1, **settings)
+    base, (concept,) = tiny.base(), inside["concepts"]
+    encoder = PromptEncoder(base.family, base.load_text_encoders(), base.tokenizer())
+    embeds = encoder.encode(["a photo of brown teddy bear"]).embeds[0]
+    torch.testing.assert_close(concept.target_input, embeds[6], rtol=1e-5, atol=1e-6)
+
+
 def test_an_output_for_each_position(tiny):
     paper = tiny.train(steps=2, name="paper", save_precision="fp16")
     positions = tiny.train(steps=2, name="positions", output_mode="positions")
