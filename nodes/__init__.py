@@ -20,12 +20,11 @@ from .merge_custom_diffusion import MergeCustomDiffusion
 from .perfusion import (
     ApplyPerfusion,
     KSamplerMultiConceptLocking,
-    LoadPerfusionConcept,
     PerfusionEDMSchedule,
     PerfusionTextEncode,
 )
 from .perfusion_balance import PerfusionBalance
-from .perfusion_concepts import InspectPerfusionConcepts
+from .perfusion_concepts import InspectPerfusionConcepts, LoadPerfusionConcept
 from .plateau import StopCLIPPlateau
 from .preview_guidance import LookaheadPreviewGuidance
 from .preview_losses import ClipLossNode, IdentityLossNode, PictureLossNode

@@ -1,4 +1,4 @@
-"""Chains of Perfusion concepts: joined, with words of their own, and described."""
+"""Chains of Perfusion concepts: loaded, joined, with words of their own, and described."""
 
 import logging
 from collections.abc import Sequence
@@ -8,11 +8,92 @@ import torch
 from comfy_api.latest import io
 
 from ..models.errors import ConfigError
-from ..models.perfusion import Concept
+from ..models.perfusion import Concept, read_concept
 from ..models.perfusion.summary import describe_company, describe_concept
 from ..models.tokens import plain_name
-from . import _sockets
+from . import _host, _sockets
+from ._choices import known
+from ._folders import CONCEPTS
 from .rank_one_edits import GatedConcept
+
+EVERYWHERE, BY_THE_GATE = "everywhere", "where the gate opens"
+
+
+class LoadPerfusionConcept(io.ComfyNode):
+    """One concept with its gate, after those before it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeLoadPerfusionConcept",
+            display_name="Load Perfusion Concept",
+            category="personalize/perfusion",
+            description="Loads a concept, ours or a .ckpt of the authors. Chain several for several concepts in one "
+            "picture.",
+            inputs=[
+                io.Combo.Input(
+                    "concept_name",
+                    options=_host.model_files(CONCEPTS),
+                    tooltip="The file, in models/perfusion_concepts.",
+                ),
+                io.Float.Input(
+                    "beta",
+                    default=0.65,
+                    min=-2.0,
+                    max=4.0,
+                    step=0.01,
+                    tooltip="From which resemblance on the concept acts: lower looks more like the pictures, higher "
+                    "obeys the prompt more. The authors sample with 0.6 to 0.7; trained with 0.75.",
+                ),
+                io.Float.Input(
+                    "tau",
+                    default=0.15,
+                    min=0.001,
+                    max=2.0,
+                    step=0.001,
+                    tooltip="Softness of that limit. The authors sample with 0.15; trained with 0.1.",
+                ),
+                io.Boolean.Input(
+                    "enabled", default=True, tooltip="Off leaves the concept out; its word is then only a word."
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="Word to use in prompts instead of the file's, such as <teddy>. Usually empty.",
+                ),
+                io.Combo.Input(
+                    "removal",
+                    options=[EVERYWHERE, BY_THE_GATE],
+                    default=EVERYWHERE,
+                    optional=True,
+                    tooltip="Which words lose what they have of the concept's direction. Everywhere is the paper's and "
+                    "what concepts are trained with; where the gate opens leaves other words, such as the superclass, "
+                    "as they are, and makes a very high beta switch the concept off.",
+                ),
+                _sockets.Concepts.Input("concepts", optional=True, tooltip="Concepts loaded before this one."),
+            ],
+            outputs=[
+                _sockets.Concepts.Output(display_name="concepts"),
+                io.String.Output(display_name="tokens", tooltip="The words of all concepts, separated by commas."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, concept_name=None) -> bool | str:
+        return known("concept", concept_name, _host.model_files(CONCEPTS))
+
+    @classmethod
+    def fingerprint_inputs(cls, concept_name=None, **_others) -> str:
+        return _host.model_version(CONCEPTS, concept_name)
+
+    @classmethod
+    def execute(cls, concept_name, beta, tau, enabled, trigger="", removal=EVERYWHERE, concepts=()) -> io.NodeOutput:
+        loaded = tuple(concepts)
+        if enabled:
+            with _host.short_paths():
+                concept = read_concept(_host.model_path(CONCEPTS, concept_name), trigger.strip())
+            loaded = joined(loaded, [GatedConcept(concept, beta, tau, removal == BY_THE_GATE)])
+        return io.NodeOutput(loaded, words_of(loaded))
 
 
 class InspectPerfusionConcepts(io.ComfyNode):

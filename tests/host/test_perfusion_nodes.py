@@ -110,7 +110,7 @@ def test_an_empty_range_is_the_plain_model_bit_for_bit(comfy, tools, scene):
 
 @pytest.mark.parametrize("family", ("sd15", "sdxl"))
 def test_concepts_switched_off_are_the_plain_model_bit_for_bit(comfy, tools, scene, family):
-    from comfyui_personalize.nodes.perfusion import LoadPerfusionConcept
+    from comfyui_personalize.nodes.perfusion_concepts import LoadPerfusionConcept
 
     one = scene(family)
     (concepts, words) = LoadPerfusionConcept.execute("not read", beta=0.6, tau=0.1, enabled=False).result
@@ -388,7 +388,7 @@ class Hostile:
 
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(folder, capsys):
     from comfyui_personalize.models.errors import FormatError
-    from comfyui_personalize.nodes.perfusion import LoadPerfusionConcept
+    from comfyui_personalize.nodes.perfusion_concepts import LoadPerfusionConcept
 
     torch.save({"target_input": Hostile()}, folder / "hostile.ckpt")
     message = refusal(FormatError, lambda: LoadPerfusionConcept.execute("hostile.ckpt", 0.6, 0.1, True))
@@ -401,7 +401,7 @@ def test_files_are_chained_and_a_taken_word_is_numbered(tools, scene, folder, lo
 
     from comfyui_personalize.models.errors import ConfigError
     from comfyui_personalize.models.perfusion import write_concept
-    from comfyui_personalize.nodes.perfusion import BY_THE_GATE, LoadPerfusionConcept
+    from comfyui_personalize.nodes.perfusion_concepts import BY_THE_GATE, LoadPerfusionConcept
 
     one, make_concept = scene(), load_helper("host/concepts.py").make_concept
     for seed, name in enumerate(("cup", "mug", "glass")):

@@ -38,7 +38,8 @@ def both(comfy, tools, tiny_checkpoint, load_helper):
             save_file(tensors, folder / self.lora, {"personalize.tokens": DOG})
 
         def with_concept(self, model, clip):
-            from comfyui_personalize.nodes.perfusion import ApplyPerfusion, LoadPerfusionConcept
+            from comfyui_personalize.nodes.perfusion import ApplyPerfusion
+            from comfyui_personalize.nodes.perfusion_concepts import LoadPerfusionConcept
 
             self.concepts = LoadPerfusionConcept.execute(self.concept, 0.65, 0.15, True).result[0]
             return ApplyPerfusion.execute(model, clip, self.concepts).result

@@ -40,7 +40,7 @@ def train(comfy, tiny_checkpoint, load_helper):
 
 
 def load_concept(name, beta=0.65):
-    from comfyui_personalize.nodes.perfusion import LoadPerfusionConcept
+    from comfyui_personalize.nodes.perfusion_concepts import LoadPerfusionConcept
 
     return LoadPerfusionConcept.execute(name, beta, 0.15, True).result[0]
 
