@@ -1,7 +1,9 @@
 """A turn's random numbers turned into tensors: rows of pictures and prompts, timesteps, and what is dropped."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,9 @@ from ...models.lookahead import draw_timesteps, importance
 from ..conditioning import Conditioning
 from ..ranks import Ranks
 from .config import LookaheadConfig
-from .data import FaceData
+from .data import FaceData, FacePair
 from .iterations import Turn
-from .pictures import Encoded, PictureReader
+from .pictures import Cut, Encoded, PictureReader
 from .step import Rows, Uniform
 
 
@@ -49,7 +51,10 @@ class _Row(NamedTuple):
 
 
 class Batches:
-    """Makes the batch of a turn. Every process draws for all of them and keeps its own rows."""
+    """Makes the batch of a turn. Every process draws for all of them and keeps its own rows.
+
+    One thread reads the pictures of the turn to come, while the device works; it ends with ``close``.
+    """
 
     def __init__(
         self,
@@ -63,24 +68,32 @@ class Batches:
         """Args: told: gives the conditioning of prompts, a row each, also of the empty one."""
         self._config, self._data, self._reader = config, data, reader
         self._told, self._ranks, self._device = told, ranks, device
+        self._mine = slice(config.batch_size * ranks.index, config.batch_size * (ranks.index + 1))
+        self._worker = ThreadPoolExecutor(1, "pictures")  # starts its thread when it is first asked
+        self._coming: tuple[Turn, Future[list[Callable[[], _Row]]]] | None = None
+
+    def close(self) -> None:
+        self._coming = None
+        self._worker.shutdown(cancel_futures=True)
+
+    def expect(self, turn: Turn) -> None:
+        """Begin to read what ``make`` is to be asked for next. All draws are the turn's own: nothing else changes."""
+        self._coming = turn, self._worker.submit(self._read, turn)
 
     def make(self, turn: Turn, timesteps: int) -> Batch:
         """Args: timesteps: of the noise schedule."""
         config, ranks = self._config, self._ranks
-        mine = slice(config.batch_size * ranks.index, config.batch_size * (ranks.index + 1))
-        shared, own = turn.rows_generator(), turn.half_generator()
-        seeds = torch.randint(2**62, (len(turn.indices),), generator=shared).tolist()
-        rows = [self._row(index, seed) for index, seed in list(zip(turn.indices, seeds))[mine]]
-        if turn.ahead:
-            rows = rows[: config.lookahead_batch_size]
+        own = turn.half_generator()
+        (expected, reading), self._coming = self._coming or (None, None), None
+        rows = [encoded() for encoded in (reading.result() if expected == turn else self._read(turn))]
         chances = importance(timesteps, config.timestep_alpha)
         if turn.ahead:
             chances = importance(config.lookahead_max_timestep, config.lookahead_alpha)
-        drawn, dropped = torch.rand(2, len(turn.indices), generator=own, dtype=torch.float64)[:, mine][:, : len(rows)]
+        drawn, dropped = torch.rand(2, len(turn.indices), generator=own, dtype=torch.float64)[:, self._mine]
         drops = torch.Generator().manual_seed(int(torch.randint(2**61, (), generator=own)) + ranks.index)
         return self._batch(
             rows,
-            draw_timesteps(chances, drawn),
+            draw_timesteps(chances, drawn[: len(rows)]),
             None if turn.ahead else dropped < config.adapter_drop_chance,
             lambda block, tokens: torch.rand(tokens, generator=drops),
         )
@@ -91,7 +104,7 @@ class Batches:
         Args:
             timesteps: (batch,).
         """
-        rows = [self._row(index, seed + index, fixed=True) for index in indices]
+        rows = [self._read_row(index, seed + index, fixed=True)() for index in indices]
         return self._batch(rows, timesteps, None, None)
 
     def _batch(
@@ -117,7 +130,13 @@ class Batches:
             [row.reference_prompt for row in rows],
         )
 
-    def _row(self, index: int, seed: int, *, fixed: bool = False) -> "_Row":
+    def _read(self, turn: Turn) -> list[Callable[[], _Row]]:
+        """This process's rows of a turn; each is read, and encoded when it is called."""
+        seeds = torch.randint(2**62, (len(turn.indices),), generator=turn.rows_generator()).tolist()
+        rows = list(zip(turn.indices, seeds))[self._mine]
+        return [self._read_row(*row) for row in rows[: self._config.lookahead_batch_size if turn.ahead else None]]
+
+    def _read_row(self, index: int, seed: int, *, fixed: bool = False) -> Callable[[], _Row]:
         """The picture's own row or, where a picture of it cannot be read, that of the next one."""
         generator = torch.Generator().manual_seed(seed)
         data, chance = self._data, 0.0 if fixed else self._config.text_drop_chance
@@ -125,15 +144,19 @@ class Batches:
             pair = data.pair(place % len(data), generator, strays=not fixed)
             wordless = bool(torch.rand((), generator=generator) < chance)
             try:
-                target, reference = self._reader.target(pair.target, generator), self._reader.reference(pair, generator)
+                cuts = [self._reader.cut(picture, generator) for picture in (pair.target, pair.reference)]
+                return partial(self._row, pair, wordless, *cuts, generator)
             except DatasetError as error:
                 failure = error
-                continue
-            latents, reference_latents = target.latents(generator), reference.latents(generator)
-            noise = torch.randn(latents.shape, generator=generator)
-            prompts = ("", "") if wordless else (pair.prompt, pair.reference_prompt)
-            return _Row(target, reference, noise, *prompts, latents, reference_latents)
         raise DatasetError(f"no picture with a reference could be read; the last one: {failure}") from failure
+
+    def _row(self, pair: FacePair, wordless: bool, first: Cut, second: Cut, generator: torch.Generator) -> _Row:
+        target = self._reader.target(pair.target, first)
+        reference = self._reader.reference(pair, second, generator)
+        latents, reference_latents = target.latents(generator), reference.latents(generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        prompts = ("", "") if wordless else (pair.prompt, pair.reference_prompt)
+        return _Row(target, reference, noise, *prompts, latents, reference_latents)
 
     def _stack(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(parts).to(self._device)

@@ -63,6 +63,14 @@ class Iterations:
         seed, *indices = self._batches[part]
         return Turn(ahead, tuple(indices), seed, self._strength)
 
+    def peek(self) -> Turn:
+        """The next turn, which stays the next."""
+        state, drawn = self.state_dict(), self._generator.get_state()
+        turn = self.next()
+        self.load_state_dict(state)
+        self._generator.set_state(drawn)
+        return turn
+
     def _draw(self) -> list[int]:
         if self._chances is None:
             indices = [draw.example for draw in self._order.next_batch(self._count, self._generator)]

@@ -21,6 +21,9 @@ from .data import FacePair, FacePicture, some_names
 AUGMENTED_AREA = (0.8, 1.0)
 """Part of a reference that is kept where references are augmented."""
 
+Cut = tuple[Tensor, tuple[Hashable, ...]]
+"""A square of a picture, (3, side, side) in -1..1, and which one it is."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -79,14 +82,14 @@ class PictureReader:
         self.nobody = vision.nobody()
         """Hidden states of the picture that stands for nobody, (1, patches + 1, dim)."""
 
-    def target(self, picture: FacePicture, generator: torch.Generator) -> Encoded:
-        """The picture to be denoised; DatasetError when it cannot be read, as for references."""
-        pixels, key = self._cut(picture, generator)
+    def target(self, picture: FacePicture, cut: Cut) -> Encoded:
+        """The picture to be denoised."""
+        pixels, key = cut
         return self._remembered(("target", *key), lambda: Encoded(*self._encode(pixels, picture.name)))
 
-    def reference(self, pair: FacePair, generator: torch.Generator) -> Encoded:
+    def reference(self, pair: FacePair, cut: Cut, generator: torch.Generator) -> Encoded:
         """The picture that the encoder sees: its head where heads are cut out and one is found."""
-        pixels, key = self._cut(pair.reference, generator)
+        pixels, key = cut
         if pair.augment:
             pixels = augmented(pixels, generator)
             return self._look(pixels, pair.reference.name)
@@ -104,7 +107,8 @@ class PictureReader:
         names = some_names([path.name for path in self.unreadable])
         return [f"{len(self.unreadable)} pictures could not be read and were left out ({names})"]
 
-    def _cut(self, picture: FacePicture, generator: torch.Generator) -> tuple[Tensor, tuple[Hashable, ...]]:
+    def cut(self, picture: FacePicture, generator: torch.Generator) -> Cut:
+        """Read a picture; DatasetError when it cannot be read. Asks no network, so that another thread may read."""
         if picture.path in self.unreadable:
             raise DatasetError(self.unreadable[picture.path])
         try:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def train(
         turn = iterations.next()
         halves["ahead"] = turn.ahead
         batch = batches[0].make(turn, loaded.schedule.timesteps)
+        batches[0].expect(iterations.peek())
         return objective.ahead(batch, turn.strength) if turn.ahead else objective.denoising(batch)
 
     def clipped() -> list[nn.Parameter] | None:
@@ -158,22 +160,23 @@ def train(
     if config.evaluate_every:
         shown = data.validation or data
         evaluation = LookaheadEvaluation(config, objective, batches[-1], shown, loaded.schedule.timesteps)
-    result = train_loop(
-        config,
-        [group for group in groups if group.parameters],
-        step,
-        device=device,
-        state={"generator": GeneratorState(generator), "iterations": iterations},
-        clip_only=clipped,
-        stopping=EvaluateEvery(config.steps, config.evaluate_every) if evaluation else None,
-        evaluation=evaluation,
-        progress=progress,
-        ranks=ranks,
-        run_folder=place.run_folder,
-        fingerprint=fingerprint,
-        preview=grid.make,
-        save=save,
-    )
+    with closing(batches[0]):
+        result = train_loop(
+            config,
+            [group for group in groups if group.parameters],
+            step,
+            device=device,
+            state={"generator": GeneratorState(generator), "iterations": iterations},
+            clip_only=clipped,
+            stopping=EvaluateEvery(config.steps, config.evaluate_every) if evaluation else None,
+            evaluation=evaluation,
+            progress=progress,
+            ranks=ranks,
+            run_folder=place.run_folder,
+            fingerprint=fingerprint,
+            preview=grid.make,
+            save=save,
+        )
     result.explanation = "; ".join([*data.remarks(), *loaded.reader.remarks()])
     return Outcome(result, tuple(saved), grid.last)
 

@@ -230,6 +230,10 @@ def test_turns_continue_from_any_state(balance, tiny):
     for cut in (1, 2, 3, 7):
         _, state = turns(config, data, cut)
         assert turns(config, data, 15 - cut, state)[0] == whole[cut:]
+    iterations = Iterations(config, data, generator(config.seed), Ranks())
+    assert [turn for _ in whole for turn in (iterations.peek(), iterations.peek(), iterations.next())] == [
+        turn for turn in whole for _ in range(3)
+    ]
 
 
 # Where training starts

@@ -2,12 +2,13 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from comfyui_personalize.models.errors import ConfigError, IncompatibleModelError
+from comfyui_personalize.models.errors import ConfigError, IncompatibleModelError, TrainingError
 from comfyui_personalize.models.formats import FORMAT_KEY, read_header
 from comfyui_personalize.models.lookahead.encoder import FORMAT, encoder_tensors, read_encoder
 from comfyui_personalize.trainers import loop
@@ -15,6 +16,7 @@ from comfyui_personalize.trainers.__main__ import main
 from comfyui_personalize.trainers.base import TrainingBase, open_base
 from comfyui_personalize.trainers.checkpoint import newest_states
 from comfyui_personalize.trainers.lookahead import objective
+from comfyui_personalize.trainers.lookahead.batch import Batches
 from comfyui_personalize.trainers.lookahead.config import PictureTerm
 from comfyui_personalize.trainers.lookahead.pictures import PictureReader
 from comfyui_personalize.trainers.lookahead.starting import start_encoder
@@ -81,6 +83,40 @@ def test_a_cancelled_run_continues_exactly(tiny):
     assert rest.train.losses == whole.train.losses
     first, second = load_file(whole.files[0]), load_file(rest.files[0])
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pictures")]
+
+
+def test_the_next_pictures_are_read_while_the_device_works(tiny, monkeypatch):
+    settings = {"crop": "random", "gradient_accumulation": 2, "steps": 2, "evaluate_every": 0}
+    seen, cut = [], PictureReader.cut
+
+    def watched(self, picture, generator):
+        seen.append(threading.current_thread() is threading.main_thread())
+        return cut(self, picture, generator)
+
+    monkeypatch.setattr(PictureReader, "cut", watched)
+    ahead = tiny.train(name="ahead", **settings)
+    assert seen[:4] == [True] * 4 and not any(seen[4:]) and len(seen) >= 12  # the first batch's two pairs, and the rest
+    monkeypatch.setattr(Batches, "expect", lambda self, turn: None)
+    alone = tiny.train(name="alone", **settings)
+    assert ahead.train.losses == alone.train.losses and readers() == []
+    first, second = load_file(ahead.files[0]), load_file(alone.files[0])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_thread_is_left_behind(tiny, monkeypatch):
+    def fails(*_arguments):
+        assert readers()
+        raise TrainingError("in the midst of a step")
+
+    assert tiny.train(progress=CancelAfter(1)).train.stopped_by == "cancelled" and readers() == []
+    monkeypatch.setattr(objective.Objective, "ahead", fails)
+    with pytest.raises(TrainingError, match="in the midst of a step"):
+        tiny.train(name="fails")
+    assert readers() == []
 
 
 def test_a_state_of_other_settings_is_refused(tiny):
