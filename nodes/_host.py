@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..models.errors import DatasetError, FormatError, PersonalizeError
+from ..models.errors import FormatError, PersonalizeError
 from . import _folders
 
 PREVIEW_SIDE = 512
@@ -44,22 +44,6 @@ def find_model_file(kind: str, name: str) -> Path | None:
 def save_folder(kind: str) -> Path:
     """The folder in which new files of a kind are kept; the first one that the host searches."""
     return Path(folder_paths.get_folder_paths(kind)[0])
-
-
-def input_text_files() -> list[str]:
-    """Text files in the host's input folder itself, by name."""
-    root = folder_paths.get_input_directory()
-    if not os.path.isdir(root):
-        return []
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(".txt") and entry.is_file())
-
-
-def input_text_path(name: str) -> Path:
-    """The text file of that name among those; DatasetError when it is none of them."""
-    if name not in input_text_files():
-        raise DatasetError(f"{name!r} is not a text file in ComfyUI's input folder; choose one from the list")
-    return Path(folder_paths.get_input_directory()) / name
 
 
 def file_version(*paths: Path | None) -> str:

@@ -1,6 +1,5 @@
 """The node of a dataset: pictures and captions gathered on the canvas or from a folder."""
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -9,61 +8,12 @@ from comfy_api.latest import io
 from ..models.errors import DatasetError
 from ..models.tokens import LearnedToken
 from ..trainers.dataset import Dataset
-from ..trainers.layouts import is_inside
-from . import _host, _sockets
+from . import _host, _input_folder, _sockets
 from ._choices import single
 from ._lines import lines_or_strings
 
 NO_FOLDER = "(none)"
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-_DEPTH = 3
 _THUMBNAIL = 256
-
-
-def _folders() -> list[str]:
-    """Sub-folders of the host's input folder that hold pictures, by relative name.
-
-    The host asks for every node's schema whenever a page opens or a prompt is queued, so this must be quick.
-    """
-    found = []
-
-    def visit(path: str, name: str, depth: int) -> None:
-        folders, pictures = [], False
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    # The ending first: a file whose name tells what it is need not be asked for its kind.
-                    if entry.name.lower().endswith(_PICTURES):
-                        pictures = pictures or entry.is_file()
-                    elif depth < _DEPTH and entry.is_dir():
-                        folders.append(entry)
-        except OSError:  # not readable for us, or gone since
-            return
-        if name and pictures and os.path.basename(name) not in ("mask", "masks"):
-            found.append(name)
-        for entry in folders:
-            visit(entry.path, f"{name}/{entry.name}" if name else entry.name, depth + 1)
-
-    visit(folder_paths.get_input_directory(), "", 0)
-    return sorted(found)
-
-
-def _folder_path(name: str) -> Path:
-    """The folder of that name inside the input folder; DatasetError for anything outside it."""
-    root = Path(folder_paths.get_input_directory())
-    path = Path(os.path.abspath(root / name))
-    if not is_inside(path, root) or not path.is_dir():
-        raise DatasetError(f"{name!r} is not a folder inside ComfyUI's input folder; choose one from the list")
-    return path
-
-
-def _folder_version(name: str) -> str:
-    if name in ("", NO_FOLDER, None):
-        return ""
-    try:
-        return _host.file_version(*sorted(path for path in _folder_path(name).rglob("*") if path.is_file()))
-    except DatasetError:
-        return ""
 
 
 class PersonalizationDataset(io.ComfyNode):
@@ -71,7 +21,7 @@ class PersonalizationDataset(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        folders = [NO_FOLDER, *_folders()]
+        folders = [NO_FOLDER, *_input_folder.picture_folders()]
         return io.Schema(
             node_id="PersonalizePersonalizationDataset",
             display_name="Personalization Dataset",
@@ -152,14 +102,16 @@ class PersonalizationDataset(io.ComfyNode):
         try:
             for name in single(folder), single(class_folder):
                 if name not in (None, "", NO_FOLDER):
-                    _folder_path(str(name))
+                    _input_folder.folder_path(str(name))
         except DatasetError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, folder=None, class_folder=None, **_others) -> str:
-        return "|".join(_folder_version(single(name)) for name in (folder, class_folder))
+        return "|".join(
+            _input_folder.folder_version(name) for name in map(single, (folder, class_folder)) if name != NO_FOLDER
+        )
 
     @classmethod
     def execute(
@@ -195,7 +147,7 @@ class PersonalizationDataset(io.ComfyNode):
         with _host.short_paths():
             if folder != NO_FOLDER:
                 dataset = Dataset.from_folder(
-                    _folder_path(folder),
+                    _input_folder.folder_path(folder),
                     tokens=tokens or None,
                     captions=captions or None,
                     base_captions=base_captions or None,
@@ -219,7 +171,9 @@ class PersonalizationDataset(io.ComfyNode):
                     tokens=tokens,
                 )
             if class_folder != NO_FOLDER:
-                dataset = dataset.with_class_folder(_folder_path(class_folder), class_caption[0].strip() or None)
+                dataset = dataset.with_class_folder(
+                    _input_folder.folder_path(class_folder), class_caption[0].strip() or None
+                )
             return io.NodeOutput(dataset, dataset.preview(_THUMBNAIL))
 
 

@@ -12,7 +12,7 @@ from ..models.errors import ConfigError, DatasetError
 from ..models.formats import safe_name
 from ..trainers.lookahead.identity_set import METADATA, SEEDS, IdentitySet, Portrait, portraits
 from ..trainers.pictures import Picture
-from . import _host, _sockets, _trainer
+from . import _host, _input_folder, _sockets, _trainer
 from ._choices import first_refusal, known, single
 
 SHIPPED, NO_FILE = "shipped", "(none)"
@@ -31,7 +31,7 @@ def _list_inputs(name: str, what: str, shipped: str) -> list[io.Input]:
     return [
         io.Combo.Input(
             f"{name}_file",
-            options=[SHIPPED, NO_FILE, *_host.input_text_files()],
+            options=[SHIPPED, NO_FILE, *_input_folder.text_files()],
             default=SHIPPED,
             tooltip=f"{what}, one per line: the {shipped} that ship with the extension, a text file in the input "
             "folder, or none.",
@@ -92,7 +92,7 @@ class IdentityPrompts(io.ComfyNode):
     def validate_inputs(
         cls, set_name=None, names_file=None, vanilla_prompts_file=None, stylized_prompts_file=None
     ) -> bool | str:
-        files = [SHIPPED, NO_FILE, *_host.input_text_files()]
+        files = [SHIPPED, NO_FILE, *_input_folder.text_files()]
         chosen = (names_file, vanilla_prompts_file, stylized_prompts_file)
         return first_refusal(
             [_trainer.check_output_name(set_name), *(known("text file", name, files) for name in chosen)]
@@ -245,7 +245,7 @@ def _lines(shipped: str, file: str, more: str) -> list[str]:
     """
     texts = [more]
     if file != NO_FILE:
-        path = LISTS / shipped if file == SHIPPED else _host.input_text_path(file)
+        path = LISTS / shipped if file == SHIPPED else _input_folder.text_path(file)
         try:
             texts.insert(0, path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:

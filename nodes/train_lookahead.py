@@ -1,19 +1,16 @@
 """The node that trains a face encoder on a folder of people."""
 
-import hashlib
-import os
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
-from ..models.errors import ConfigError, DatasetError
-from ..trainers.layouts import is_inside
+from ..models.errors import ConfigError
 from ..trainers.lookahead.config import LookaheadConfig, LookaheadModels, PictureTerm
 from ..trainers.lookahead.data import VALIDATION_PROMPTS, FaceDataSettings, FaceSet
-from . import _host, _sockets, _trainer
+from . import _host, _input_folder, _sockets, _trainer
 from ._choices import first_refusal, known, known_settings
 from ._folders import ENCODERS, FACE_NETWORKS
+from ._lines import lines_of
 from .faces import face_model_folders
 
 NO_FILE = "(none)"
@@ -27,38 +24,6 @@ _SETTINGS = (
     "max_grad_norm", "seed", "save_precision", "preview_every", "checkpoint_every", "checkpoint_limit", "resume",
 )  # fmt: skip
 _LATER_SETTINGS = ("preview_people", "preview_steps", "evaluate_every", "keep")
-
-
-def _people_folders() -> list[str]:
-    """Folders directly below the host's input folder."""
-    root = folder_paths.get_input_directory()
-    if not os.path.isdir(root):
-        return []
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
-
-
-def _people_path(name: str) -> Path:
-    """The folder of that name; DatasetError when it leads out of the input folder or is not there."""
-    root = Path(folder_paths.get_input_directory())
-    path = Path(os.path.abspath(root / name))
-    if not is_inside(path, root) or not path.is_dir():
-        raise DatasetError(f"{name!r} is not a folder inside ComfyUI's input folder; choose one from the list")
-    return path
-
-
-def _folder_version(name: str | None) -> str:
-    """What changes with any file of a folder of people; empty for none."""
-    if name in (None, "", NO_FILE):
-        return ""
-    hasher = hashlib.sha256()
-    try:
-        files = sorted(path for path in _people_path(name).rglob("*") if path.is_file())
-    except DatasetError:
-        return ""
-    for path in files:
-        hasher.update(_host.file_version(path).encode())
-    return hasher.hexdigest()
 
 
 def _people(folder: Path, **settings) -> FaceSet:
@@ -136,7 +101,7 @@ class TrainLookaheadEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "people_folder",
-                    options=_people_folders(),
+                    options=_input_folder.folders(),
                     tooltip="A folder inside the input folder. Its metadata.json says who each picture shows; without "
                     "it every picture is its own reference.",
                 ),
@@ -164,7 +129,7 @@ class TrainLookaheadEncoder(io.ComfyNode):
                 _trainer.OVERWRITE,
                 io.Combo.Input(
                     "validation_folder",
-                    options=[NO_FILE, *_people_folders()],
+                    options=[NO_FILE, *_input_folder.folders()],
                     default=NO_FILE,
                     tooltip="People that are not trained on, laid out like people_folder, for previews and "
                     "evaluations.",
@@ -194,7 +159,7 @@ class TrainLookaheadEncoder(io.ComfyNode):
                 *_trainer.widgets(LookaheadConfig, "keep"),
             ],
             outputs=[
-                io.Custom("COMBO,STRING").Output(
+                _sockets.Name.Output(
                     display_name="encoder_name",
                     tooltip="Name of the trained file; connect it to Load Lookahead Encoder's encoder_name.",
                 ),
@@ -211,8 +176,8 @@ class TrainLookaheadEncoder(io.ComfyNode):
         chosen |= {"save_precision": save_precision, "keep": keep}
         return first_refusal(
             [
-                known("folder of people", people_folder, _people_folders()),
-                known("folder of people", validation_folder, [NO_FILE, *_people_folders()]),
+                known("folder of people", people_folder, _input_folder.folders()),
+                known("folder of people", validation_folder, [NO_FILE, *_input_folder.folders()]),
                 _trainer.check_output_name(output_name),
                 known_settings(LookaheadConfig, **chosen),
             ]
@@ -230,7 +195,8 @@ class TrainLookaheadEncoder(io.ComfyNode):
         paths = [_host.find_model_file(kind, name) for kind, name in kinds.items() if name not in (None, NO_FILE)]
         faces = face_model_folders().get(face_folder)
         paths += sorted(faces.glob("*.onnx")) if faces else []
-        return "|".join([_host.file_version(*paths), *map(_folder_version, (people_folder, validation_folder))])
+        people = [_input_folder.folder_version(name) for name in (people_folder, validation_folder) if name != NO_FILE]
+        return "|".join([_host.file_version(*paths), *people])
 
     @classmethod
     def execute(
@@ -238,11 +204,7 @@ class TrainLookaheadEncoder(io.ComfyNode):
         people_folder, prompt_in_filename, placeholder, prompt, only_vanilla_references, crop_heads, identity_weight,
         image_weight, output_name, overwrite=False, validation_folder=NO_FILE, validation_prompts="", **settings,
     ) -> io.NodeOutput:  # fmt: skip
-        unknown = settings.keys() - {*_SETTINGS, *_LATER_SETTINGS}
-        if unknown:
-            raise ConfigError(
-                f"unknown setting(s) {', '.join(sorted(unknown))} of Train Lookahead Encoder; remove them"
-            )
+        _trainer.refuse_unknown(cls, settings, (*_SETTINGS, *_LATER_SETTINGS))
         weights = {"identity": identity_weight, "image_l1": image_weight}
         terms = tuple(PictureTerm(name=name, weight=weight) for name, weight in weights.items() if weight)
         if not terms and settings["lookahead_every"]:
@@ -266,13 +228,12 @@ class TrainLookaheadEncoder(io.ComfyNode):
         told = {"prompt_in_filename": prompt_in_filename, "placeholder": placeholder}
         told["only_vanilla_references"] = only_vanilla_references
         shown = validation_folder != NO_FILE
-        prompts = tuple(line.strip() for line in validation_prompts.splitlines() if line.strip())
         people = FaceDataSettings(
-            sets=(_people(_people_path(people_folder), **told),),
+            sets=(_people(_input_folder.folder_path(people_folder), **told),),
             crop_heads=crop_heads,
             prompt=prompt,
-            validation=_people(_people_path(validation_folder), **told) if shown else None,
-            validation_prompts=prompts or VALIDATION_PROMPTS,
+            validation=_people(_input_folder.folder_path(validation_folder), **told) if shown else None,
+            validation_prompts=tuple(lines_of(validation_prompts)) or VALIDATION_PROMPTS,
         )
         place = _trainer.output_place(output_name, overwrite, ENCODERS)
         from ..trainers.lookahead.train import train

@@ -7,7 +7,7 @@ from ..models.errors import ConfigError, DatasetError
 from ..models.perfusion import read_covariance
 from ..trainers.perfusion.config import NO_COVARIANCE, PerfusionConfig
 from ..trainers.perfusion.covariance_config import CovarianceConfig
-from . import _host, _sockets, _trainer
+from . import _host, _input_folder, _sockets, _trainer
 from ._choices import first_refusal, known, known_settings
 from ._folders import CONCEPTS, COVARIANCES
 
@@ -132,7 +132,7 @@ class EstimateTextCovariance(io.ComfyNode):
                 _sockets.Base.Input("base", tooltip="From Load Training Base: SD1.5, SD2.1 or SDXL."),
                 io.Combo.Input(
                     "captions_file",
-                    options=_host.input_text_files(),
+                    options=_input_folder.text_files(),
                     tooltip="A text file in ComfyUI's input folder, one caption per line. The authors take 100,000 of "
                     "LAION's.",
                 ),
@@ -154,7 +154,7 @@ class EstimateTextCovariance(io.ComfyNode):
     def validate_inputs(cls, captions_file=None, output_name=None, precision=None) -> bool | str:
         if captions_file is not None:
             try:
-                _host.input_text_path(str(captions_file))
+                _input_folder.text_path(str(captions_file))
             except DatasetError as error:
                 return str(error)
         return first_refusal(
@@ -164,7 +164,7 @@ class EstimateTextCovariance(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, captions_file=None, **_others) -> str:
         try:
-            return _host.file_version(_host.input_text_path(captions_file)) if captions_file else ""
+            return _host.file_version(_input_folder.text_path(captions_file)) if captions_file else ""
         except DatasetError:
             return ""
 
@@ -179,7 +179,7 @@ class EstimateTextCovariance(io.ComfyNode):
             result = estimate(
                 config,
                 base,
-                _host.input_text_path(captions_file),
+                _input_folder.text_path(captions_file),
                 place,
                 device=comfy.model_management.get_torch_device(),
                 progress=progress,
