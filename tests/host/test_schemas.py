@@ -36,6 +36,8 @@ HOST_LISTS = {
     "clip_vision_name",
     "lcm_lora_name",
     "preview_vae_name",
+    "folder",
+    "class_folder",
     "people_folder",
     "validation_folder",
     "names_file",
