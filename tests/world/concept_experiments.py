@@ -25,6 +25,7 @@ BETAS = (BETA, 0.95, 1.25)
 """Biases of the gate, rising; a resemblance of 1 is that of the target input itself."""
 WORDS, LORA = "textual_inversion", "dreambooth_lora"
 GATE, LOCKED = "perfusion, beta {:g}", "perfusion, global key locking"
+GATED_REMOVAL = "the same, removal where the gate opens, beta {:g}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ class Bench:
         for method, learned in taught.items():
             self.alone(method, Painter(self.checkpoint, [learned]))
         for beta in BETAS:
-            self.alone(GATE.format(beta), ConceptPainter(self.checkpoint, [concepts[ALONE]], beta=beta))
+            for method, gated in ((GATE, False), (GATED_REMOVAL, True)):
+                painter = ConceptPainter(self.checkpoint, [concepts[ALONE]], beta=beta, gated_removal=gated)
+                self.alone(method.format(beta), painter)
         self.alone(LOCKED, ConceptPainter(self.checkpoint, [concepts[ALONE]]), locked=True)
         for pair in (PAIR, ALIKE):
             self.together(BASE_WORD, untaught, pair, *[f"a {THINGS[name].word}" for name in pair])

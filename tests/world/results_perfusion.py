@@ -23,7 +23,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "demo")]
 
 import torch  # noqa: E402
 import weights  # noqa: E402
-from concept_experiments import ALIKE, ALONE, BETAS, GATE, LOCKED, LORA, PAIR, WORDS, Drawn, Measured, measure  # noqa: E402
+from concept_experiments import ALIKE, ALONE, BETAS, GATE, GATED_REMOVAL, LOCKED, LORA, PAIR, WORDS  # noqa: E402
+from concept_experiments import Drawn, Measured, measure  # noqa: E402
 from concept_methods import BETA, INVERSION, PERFUSION, TAU  # noqa: E402
 from experiments import BASE_DESCRIPTION, BASE_WORD, MAIN_BASE, Files  # noqa: E402
 from methods import SAMPLING_STEPS, STEPS, TEXT_SCALE  # noqa: E402
@@ -147,7 +148,7 @@ def report(found: Measured, minutes: float, steps: int, *, kept: bool = False) -
         "",
         "## The gate's bias",
         "",
-        *table(found, [GATE.format(beta) for beta in BETAS], COLUMNS, ALONE),
+        *table(found, [method.format(beta) for method in (GATE, GATED_REMOVAL) for beta in BETAS], COLUMNS, ALONE),
         "",
         "## Two things in one picture",
         "",

@@ -9,13 +9,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import results_perfusion as results  # noqa: E402 - lies in the folder that was just added
-from concept_experiments import ALIKE, ALONE, BETAS, GATE, LOCKED, LORA, PAIR, WORDS, Drawn, Gates, Measured  # noqa: E402
+from concept_experiments import ALIKE, ALONE, BETAS, GATE, GATED_REMOVAL, LOCKED, LORA, PAIR, WORDS  # noqa: E402
+from concept_experiments import Drawn, Gates, Measured  # noqa: E402
 from experiments import BASE_DESCRIPTION, BASE_WORD  # noqa: E402
 from pair_scores import PairScores  # noqa: E402
 from scores import Scores  # noqa: E402
 
 SUBJECT = {BASE_WORD: 0.0, BASE_DESCRIPTION: 0.1, WORDS: 0.2, LORA: 0.5, LOCKED: 0.3}
 SUBJECT |= {GATE.format(beta): 0.6 - 0.1 * number for number, beta in enumerate(BETAS)}
+SUBJECT |= {GATED_REMOVAL.format(beta): 0.55 - 0.1 * number for number, beta in enumerate(BETAS)}
 
 
 @pytest.fixture
