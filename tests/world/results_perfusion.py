@@ -23,8 +23,20 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "demo")]
 
 import torch  # noqa: E402
 import weights  # noqa: E402
-from concept_experiments import ALIKE, ALONE, BETAS, GATE, GATED_REMOVAL, LOCKED, LORA, PAIR, WORDS  # noqa: E402
-from concept_experiments import Drawn, Measured, measure  # noqa: E402
+from concept_experiments import (  # noqa: E402
+    ALIKE,
+    ALONE,
+    BETAS,
+    GATE,
+    GATED_REMOVAL,
+    LOCKED,
+    LORA,
+    PAIR,
+    WORDS,
+    Drawn,
+    Measured,
+    measure,
+)
 from concept_methods import BETA, INVERSION, PERFUSION, TAU  # noqa: E402
 from experiments import BASE_DESCRIPTION, BASE_WORD, MAIN_BASE, Files  # noqa: E402
 from methods import SAMPLING_STEPS, STEPS, TEXT_SCALE  # noqa: E402

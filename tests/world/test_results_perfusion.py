@@ -9,8 +9,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import results_perfusion as results  # noqa: E402 - lies in the folder that was just added
-from concept_experiments import ALIKE, ALONE, BETAS, GATE, GATED_REMOVAL, LOCKED, LORA, PAIR, WORDS  # noqa: E402
-from concept_experiments import Drawn, Gates, Measured  # noqa: E402
+from concept_experiments import (  # noqa: E402
+    ALIKE,
+    ALONE,
+    BETAS,
+    GATE,
+    GATED_REMOVAL,
+    LOCKED,
+    LORA,
+    PAIR,
+    WORDS,
+    Drawn,
+    Gates,
+    Measured,
+)
 from experiments import BASE_DESCRIPTION, BASE_WORD  # noqa: E402
 from pair_scores import PairScores  # noqa: E402
 from scores import Scores  # noqa: E402
