@@ -105,7 +105,7 @@ class KSamplerMultiConceptLocking(io.ComfyNode):
                     "negative",
                     multiline=True,
                     default="",
-                    tooltip="What the picture should not show.",
+                    tooltip="What the picture should not show; {1}, {2} … stand for words here, too.",
                 ),
                 _sampling_inputs.seed(),
                 _sampling_inputs.steps(30),
