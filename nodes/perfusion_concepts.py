@@ -12,7 +12,7 @@ from ..models.perfusion import Concept, read_concept
 from ..models.perfusion.summary import describe_company, describe_concept
 from ..models.tokens import plain_name
 from . import _host, _sockets
-from ._choices import known
+from ._choices import first_refusal, known
 from ._folders import CONCEPTS
 from .rank_one_edits import GatedConcept
 
@@ -67,8 +67,8 @@ class LoadPerfusionConcept(io.ComfyNode):
                     default=EVERYWHERE,
                     optional=True,
                     tooltip="Which words lose what they have of the concept's direction. Everywhere is the paper's and "
-                    "what concepts are trained with; where the gate opens leaves other words, such as the superclass, "
-                    "as they are, and makes a very high beta switch the concept off.",
+                    "what concepts are trained with; where the gate opens leaves words for which the gate is closed as "
+                    "they are, so that a very high beta switches the concept off.",
                 ),
                 _sockets.Concepts.Input("concepts", optional=True, tooltip="Concepts loaded before this one."),
             ],
@@ -79,8 +79,9 @@ class LoadPerfusionConcept(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, concept_name=None) -> bool | str:
-        return known("concept", concept_name, _host.model_files(CONCEPTS))
+    def validate_inputs(cls, concept_name=None, removal=None) -> bool | str:
+        chosen = known("concept", concept_name, _host.model_files(CONCEPTS))
+        return first_refusal([chosen, known("removal", removal, [EVERYWHERE, BY_THE_GATE])])
 
     @classmethod
     def fingerprint_inputs(cls, concept_name=None, **_others) -> str:
@@ -137,16 +138,16 @@ def joined(concepts: Sequence[GatedConcept], more: Sequence[GatedConcept]) -> tu
     """Both chains; a word that is taken is numbered, and the log says so, as the authors' code does.
 
     Raises:
-        ConfigError: a file is in both, whatever its words: its gates open together, and it answers twice.
+        ConfigError: a concept is in both, whatever its words: its gates open together, and it answers twice.
     """
     together = tuple(concepts)
     for gated in more:
         concept = gated.concept
         for one in together:
-            if _same_file(one.concept, concept):
+            if _same_concept(one.concept, concept):
                 raise ConfigError(
-                    f"{concept.name} is in the chain already, as {one.concept.trigger}, and would answer twice; choose "
-                    "another file, or leave it out of one of the two places"
+                    f"{concept.name} is in the chain already, as {one.concept.trigger} of {one.concept.name}, and "
+                    "would answer twice; choose another file, or leave it out of one of the two places"
                 )
         free = _free_word(concept.trigger, [one.concept.trigger for one in together])
         if free != concept.trigger:
@@ -162,10 +163,10 @@ def words_of(concepts: Sequence[GatedConcept]) -> str:
     return ", ".join(gated.concept.trigger for gated in concepts)
 
 
-def _same_file(first: Concept, second: Concept) -> bool:
-    """Files of one name may lie in several folders, but two trainings never end at the same place."""
+def _same_concept(first: Concept, second: Concept) -> bool:
+    """Whatever the files are called: two trainings never end at the same place."""
     places = first.parts.target_input, second.parts.target_input
-    return first.name == second.name and torch.equal(*places)
+    return len(places[0]) == len(places[1]) and torch.equal(*places)
 
 
 def _free_word(trigger: str, taken: list[str]) -> str:

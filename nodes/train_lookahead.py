@@ -46,8 +46,7 @@ def _preview_vaes() -> list[str]:
 
 def _preview_vae_kind(name: str | None) -> str:
     """The host's kind of a file among those; of two with one name the VAE."""
-    found = [kind for kind in ("vae", "vae_approx") if name and _host.find_model_file(kind, name)]
-    return (*found, "vae")[0]
+    return "vae_approx" if name in _preview_vaes() and name not in _host.model_files("vae") else "vae"
 
 
 def _weight(name: str, default: float, tooltip: str) -> io.Input:

@@ -97,11 +97,9 @@ class EditSpace:
         self._gates = finished(duals / energies.unsqueeze(1))
         self._betas = finished(torch.tensor([target.beta for target in targets]))
         self._taus = finished(torch.tensor([target.tau for target in targets]))
-        gated = [target.gated_removal for target in targets]
-        # i*_c = Σⱼ within_cj uⱼ: components along the concepts, which gates can weigh, and back along the basis.
-        within = vectors @ (mix @ duals).T
-        self._along = [finished(rows) for rows in (torch.linalg.pinv(within.T), within.T)] if any(gated) else None
-        self._gated_removal = finished(torch.tensor(gated))
+        self._removal = None
+        if any(target.gated_removal for target in targets):
+            self._removal = _GatedRemoval(targets, cosines, energies.sqrt(), scale * vectors @ (mix @ duals).T)
 
     @property
     def width(self) -> int:
@@ -114,8 +112,8 @@ class EditSpace:
     def measure(self, encodings: Tensor) -> Scores:
         """Gates and components of encodings (batch, tokens, dim), with gradient to the encodings.
 
-        σ((xᵀ C⁻¹ i* / i*ᵀ C⁻¹ i* - β) / τ) for each concept, and xᵀ C⁻¹ u for each u, without what is left by the gates
-        of concepts with ``gated_removal``.
+        σ((xᵀ C⁻¹ i* / i*ᵀ C⁻¹ i* - β) / τ) for each concept, and xᵀ C⁻¹ u for each u; with ``gated_removal`` of any
+        concept what the gates leave of the latter, without gradient.
         """
         if encodings.shape[-1] != self.width:
             raise ConfigError(
@@ -124,13 +122,38 @@ class EditSpace:
             )
         encodings = encodings.float()
         similarities = _products(encodings, self._gates)
-        gates = torch.sigmoid((similarities - self._betas) / self._taus)
-        components = _products(encodings, self._duals)
-        if self._along is not None:
-            concepts, basis = self._along
-            left = (1 - gates) * self._gated_removal.to(gates.device)
-            components = components - _products(left * _products(components, concepts), basis)
-        return Scores(gates, components)
+        gates = torch.sigmoid((similarities - self._betas.to(similarities.device)) / self._taus.to(similarities.device))
+        if self._removal is not None:
+            return Scores(gates, self._removal.components(similarities, gates))
+        return Scores(gates, _products(encodings, self._duals))
+
+
+class _GatedRemoval:
+    """What encodings lose when some concepts take their direction only as far as their gates open.
+
+    With e = i*/√E, y = eᵀ C⁻¹ x, G = eᵀ C⁻¹ e and a weight w for each concept, which is its gate or, for the paper's
+    removal, 1: Σ_c √w_c e_c (√W G √W + 1 - W)⁻¹ √W y. That is w y e for one concept; a concept of weight 0 is as if it
+    were not there, and with weights of 1 this is the projection on the span.
+    """
+
+    def __init__(self, targets: Sequence[Target], cosines: Tensor, lengths: Tensor, within: Tensor):
+        """Args: all float64, on the CPU.
+        cosines: G, (concepts, concepts).
+        lengths: √E, (concepts,).
+        within: rows of e along the basis, (concepts, rank).
+        """
+        self._cosines, self._lengths, self._within = cosines, lengths, within
+        self._gated = torch.tensor([target.gated_removal for target in targets])
+
+    @torch.no_grad()
+    def components(self, similarities: Tensor, gates: Tensor) -> Tensor:
+        """Along the basis, (batch, tokens, rank), float32; similarities and gates are (batch, tokens, concepts)."""
+        along, opened = (values.to("cpu", torch.float64) for values in (similarities, gates))
+        weights = torch.where(self._gated, opened, 1.0)
+        root = weights.sqrt()
+        mixed = root.unsqueeze(-1) * self._cosines * root.unsqueeze(-2) + torch.diag_embed(1 - weights)
+        taken = torch.linalg.pinv(mixed, rtol=_DEPENDENT, hermitian=True) @ (root * along * self._lengths).unsqueeze(-1)
+        return ((root * taken.squeeze(-1)) @ self._within).to(gates)
 
 
 def _check(targets: Sequence[Target]) -> None:

@@ -38,7 +38,7 @@ def describe_concept(concept: Concept, beta: float, tau: float, gated_removal: b
         "numbers": f"{size // 4:,}, {size / 2000:.0f} KB in fp16",
         "covariance": f"`{concept.covariance}`",
         "gate": f"beta {beta:g}, tau {tau:g}: {gate:.0%} open for its own word"
-        + (", which alone loses its direction" if gated_removal else ""),
+        + ("; words lose its direction as far as it opens" if gated_removal else ""),
         "training": _training(concept),
     }
     return "\n".join(

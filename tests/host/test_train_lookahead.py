@@ -147,6 +147,7 @@ def test_files_that_change_make_the_node_run_again(comfy, train, people):
 def test_a_small_decoder_of_the_hosts_makes_the_preview(comfy, train, tiny_checkpoint, monkeypatch):
     from safetensors.torch import load_file, save_file
 
+    from comfyui_personalize.models.errors import FormatError
     from comfyui_personalize.nodes.train_lookahead import NO_FILE, TrainLookaheadEncoder
     from comfyui_personalize.trainers.lookahead import loading
 
@@ -175,6 +176,8 @@ def test_a_small_decoder_of_the_hosts_makes_the_preview(comfy, train, tiny_check
         assert train("small", preview_vae_name=name).result[3] == 2
         assert taken[-1] == comfy.base / "models" / kind / name
     assert len(versions) == 3
+    with pytest.raises(FormatError, match="taesd_decoder.pth is not in the vae folder"):  # of four channels
+        train("small", preview_vae_name="taesd_decoder.pth")
     for path in comfy.base.glob("models/vae*/*taesd*"):
         path.unlink()
 

@@ -109,11 +109,11 @@ def test_gated_removal_takes_what_the_gate_lets_through():
 
 
 def test_a_concept_with_a_closed_gate_and_gated_removal_is_not_there_for_the_others():
-    first, second, x = draws(DIM, seed=2), draws(DIM, seed=5), draws(2, TOKENS, DIM, seed=3)
-    second = orthogonal_to(second, first)
-    outputs = draws(2, 1, OUT, seed=4)
-    together = EditSpace([target(first), target(second, math.inf, gated_removal=True)])
-    torch.testing.assert_close(edited(together, x, *outputs), edited(EditSpace([target(first)]), x, outputs[0]))
+    vectors, x, outputs = draws(2, DIM, seed=2), draws(2, TOKENS, DIM, seed=3), draws(2, 1, OUT, seed=4)
+    for own in (False, True):
+        first, second = target(vectors[0], gated_removal=own), target(vectors[1], math.inf, gated_removal=True)
+        together = edited(EditSpace([first, second]), x, *outputs)
+        torch.testing.assert_close(together, edited(EditSpace([first]), x, outputs[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_open_gates_take_away_the_same_with_gated_removal():
@@ -122,6 +122,39 @@ def test_open_gates_take_away_the_same_with_gated_removal():
     outputs = torch.cat([outputs, outputs[:1]])
     plain, gated = (EditSpace([target(v, -math.inf, gated_removal=own) for v in vectors]) for own in (False, True))
     torch.testing.assert_close(edited(gated, x, *outputs), edited(plain, x, *outputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("apart", [1.0, 0.3, 1e-3])
+def test_gated_removal_never_takes_more_than_removal_everywhere(apart):
+    first, x = draws(DIM, seed=2), draws(50, TOKENS, DIM, seed=3)
+    pair = [(first, 0.55), (first + apart * draws(DIM, seed=5), 0.8)]
+    lost = []
+    for own in (False, True):
+        space = EditSpace([target(vector, beta, gated_removal=own) for vector, beta in pair])
+        lost.append(space.measure(x).components.norm(dim=-1))  # the basis is orthonormal
+    assert (lost[1] <= lost[0] * 1.001).all() and lost[1].mean() < 0.9 * lost[0].mean()
+
+
+def test_gated_removal_of_two_concepts_is_the_formula():
+    vectors, x, betas = draws(2, DIM, seed=2), draws(1, 1, DIM, seed=3), (0.1, 0.3)
+    space = EditSpace([target(vector, beta, 0.5, gated_removal=True) for vector, beta in zip(vectors, betas)])
+    scores = space.measure(x)
+    unit = vectors / (vectors @ INVERSE * vectors).sum(dim=1, keepdim=True).sqrt()
+    root = scores.gates[0, 0].sqrt().diag()
+    inner = root @ (unit @ INVERSE @ unit.T) @ root + torch.eye(2) - root @ root
+    removed = unit.T @ root @ inner.inverse() @ root @ unit @ INVERSE @ x[0, 0]
+    torch.testing.assert_close(scores.components[0, 0] @ space.basis, removed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_encodings_may_lie_on_another_device_than_the_concepts(gated):
+    """In the host concepts stay on the CPU and encodings come on the GPU, of which this is a model without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    space = EditSpace([target(vector, gated_removal=gated) for vector in draws(2, DIM, seed=2)])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scores = space.measure(torch.empty(2, TOKENS, DIM, device="cuda"))
+    assert scores.gates.device.type == scores.components.device.type == "cuda"
 
 
 def test_strength_zero_is_the_plain_projection_bit_for_bit():

@@ -24,7 +24,7 @@ def test_a_concept_tells_its_word_its_sizes_and_its_gate(make_concept):
     assert found["numbers"].startswith("40, ")
     assert found["covariance"] == "`0123456789abcdef`"
     assert found["gate"] == "beta 0.75, tau 0.25: 73% open for its own word"  # σ(1)
-    assert facts(describe_concept(make_concept(), 0.75, 0.25, True))["gate"].endswith("which alone loses its direction")
+    assert facts(describe_concept(make_concept(), 0.75, 0.25, True))["gate"].endswith("as far as it opens")
     assert found["training"] == "the file does not say"
 
 
