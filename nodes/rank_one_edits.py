@@ -52,6 +52,8 @@ class _Run:
     """Takes the run's hooks away again."""
     changes: bool = False
     """Whether conditionings have hooks of the host's, under which weights change from call to call."""
+    passing: bool = False
+    """Whether a node stands between the sampler and the UNet, which may give it other prompts from call to call."""
     made: dict[tuple, Any] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     """Projection -> target output of each concept."""
@@ -164,7 +166,7 @@ class _Call:
         # Patches of other nodes may change the context from step to step and from layer to layer, windows cut it out of
         # a longer one; without uuids nobody knows.
         changing = any(name.startswith("attn2") for name in options.get("patches", ())) or "context_window" in options
-        passing = changing or run.changes or self.chunks[0][1] is None
+        passing = changing or run.changes or run.passing or self.chunks[0][1] is None
         self.kept: dict | None = None if passing else run.made.setdefault((edits, self.chunks), {})
         """What was made of these prompts in the run, beside the layout that it was made for."""
         self.inputs: dict[bool, tuple[Tensor, Tensor, Scores]] = {}
@@ -257,7 +259,8 @@ def _start_run(executor, guider, sigmas, extra_args, *args, **kwargs):
     options = extra_args["model_options"].setdefault("transformer_options", {})
     changes = any("hooks" in cond for entries in guider.conds.values() for cond in entries or ())
     with ExitStack() as hooks:
-        options[_RUN] = _Run(guider.inner_model.model_sampling, hooks, changes)
+        wrapped = "model_function_wrapper" in extra_args["model_options"]
+        options[_RUN] = _Run(guider.inner_model.model_sampling, hooks, changes, wrapped)
         return executor(guider, sigmas, extra_args, *args, **kwargs)
 
 

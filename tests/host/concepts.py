@@ -20,10 +20,10 @@ def make_concept(model, clip, word, superclass, *, seed=0, positions=1, rows=1, 
         tables[key] = torch.randn(rows, width, generator=generator) * table.float().std()
     embedding = LearnedEmbedding(word, tables)
 
-    def encoding(prompt, taught):
-        return taught.encode_from_tokens_scheduled(taught.tokenize(prompt))[0][0][0, 2].float()
+    def encoding(prompt, taught, place=2):
+        return taught.encode_from_tokens_scheduled(taught.tokenize(prompt))[0][0][0, place].float()
 
-    target = encoding(f"a {word}", teach(clip, [embedding], "random"))
+    target = encoding(f"a {word}", teach(clip, [embedding], "random"), 1 + rows)
     if not target.any():  # a model without weights
         target = torch.randn(target.shape, generator=generator)
     network, outputs = model.model.diffusion_model, {}

@@ -74,6 +74,32 @@ def test_what_is_made_once_is_what_every_step_would_make(tools, scene):
     assert tools.relative(two.sample(tools, model=patched, steps=4), two.sample(tools, steps=4)) < 1e-4
 
 
+def test_prompts_that_another_node_changes_from_step_to_step_are_edited_anew(tools, scene):
+    one, steps = scene(), []
+
+    def fading(apply_model, args):
+        steps.append(1)
+        given = dict(args["c"])
+        given["c_crossattn"] = given["c_crossattn"] * (1 - 0.1 * len(steps))
+        return apply_model(args["input"], args["timestep"], **given)
+
+    def sample(*changes):
+        steps.clear()
+        model = one.model.clone()
+        for change in changes:
+            change(model)
+        return one.sample(tools, model=model, steps=4)
+
+    def wrap(model):
+        model.set_model_unet_function_wrapper(fading)
+
+    def keep_nothing(model):
+        model.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
+
+    assert tools.relative(sample(wrap), sample(wrap, keep_nothing)) < 1e-5
+    assert tools.relative(sample(wrap), sample()) > 0.01
+
+
 def test_edits_cost_no_row_and_are_made_once(tools, scene, monkeypatch):
     from comfyui_personalize.nodes import rank_one_edits
 
@@ -362,6 +388,8 @@ def folder(comfy):
 
 
 def test_chains_are_merged_and_described(scene, load_helper, caplog):
+    from dataclasses import replace
+
     from comfyui_personalize.models.errors import ConfigError
     from comfyui_personalize.nodes.perfusion_concepts import InspectPerfusionConcepts
     from comfyui_personalize.nodes.rank_one_edits import GatedConcept
@@ -377,8 +405,10 @@ def test_chains_are_merged_and_described(scene, load_helper, caplog):
     assert "resemblance" not in InspectPerfusionConcepts.execute(two.concepts[:1]).result[2]
     with pytest.raises(ConfigError, match="there are no concepts"):
         InspectPerfusionConcepts.execute((), ())
-    with pytest.raises(ConfigError, match="<bear>.safetensors is in the chain already, as <bear>"):
-        InspectPerfusionConcepts.execute(merged, two.concepts[1:])
+    copy = replace(two.concepts[1], concept=replace(two.concepts[1].concept, name="copy.safetensors"))
+    for again, name in ((two.concepts[1], "<bear>"), (copy, "copy")):
+        with pytest.raises(ConfigError, match=f"{name}.safetensors is in the chain already, as <bear> of <bear>"):
+            InspectPerfusionConcepts.execute(merged, [again])
 
 
 class Hostile:
@@ -421,9 +451,11 @@ def test_files_are_chained_and_a_taken_word_is_numbered(tools, scene, folder, lo
     assert load("glass", concepts=both)[1] == "<cup>, <cup-2>, <cup-3>"
     assert load("mug", trigger="<mug>", concepts=first)[1] == "<cup>, <mug>"
     assert load(enabled=False, concepts=first) == (first, "<cup>")
+    assert "removal" in LoadPerfusionConcept.validate_inputs("cup.safetensors", "gate")
+    assert LoadPerfusionConcept.validate_inputs("cup.safetensors", BY_THE_GATE) is True
     assert [load(**chosen)[0][0].gated_removal for chosen in ({}, {"removal": BY_THE_GATE})] == [False, True]
     message = refusal(ConfigError, lambda: load("mug", trigger="<other>", beta=0.7, concepts=both))
-    assert message.startswith("mug.safetensors is in the chain already, as <cup-2>, and would answer twice")
+    assert message.startswith("mug.safetensors is in the chain already, as <cup-2> of mug.safetensors, and")
 
 
 # What is refused
