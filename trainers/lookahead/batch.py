@@ -1,9 +1,11 @@
 """A turn's random numbers turned into tensors: rows of pictures and prompts, timesteps, and what is dropped."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from ...models.errors import DatasetError
 from ...models.lookahead import draw_timesteps, importance
 from ..conditioning import Conditioning
+from ..progress import Cancelled
 from ..ranks import Ranks
 from .config import LookaheadConfig
 from .data import FaceData, FacePair
@@ -70,10 +73,12 @@ class Batches:
         self._told, self._ranks, self._device = told, ranks, device
         self._mine = slice(config.batch_size * ranks.index, config.batch_size * (ranks.index + 1))
         self._worker = ThreadPoolExecutor(1, "pictures")  # starts its thread when it is first asked
+        self._closed = threading.Event()
         self._coming: tuple[Turn, Future[list[Callable[[], _Row]]]] | None = None
 
     def close(self) -> None:
         self._coming = None
+        self._closed.set()  # a folder of which nothing can be read any more would keep the thread busy for long
         self._worker.shutdown(cancel_futures=True)
 
     def expect(self, turn: Turn) -> None:
@@ -140,17 +145,31 @@ class Batches:
         """The picture's own row or, where a picture of it cannot be read, that of the next one."""
         generator = torch.Generator().manual_seed(seed)
         data, chance = self._data, 0.0 if fixed else self._config.text_drop_chance
+        unreadable: dict[Path, str] = {}
         for place in range(index, index + 2 * len(data)):
+            if self._closed.is_set():
+                raise Cancelled
             pair = data.pair(place % len(data), generator, strays=not fixed)
             wordless = bool(torch.rand((), generator=generator) < chance)
             try:
-                cuts = [self._reader.cut(picture, generator) for picture in (pair.target, pair.reference)]
-                return partial(self._row, pair, wordless, *cuts, generator)
-            except DatasetError as error:
-                failure = error
-        raise DatasetError(f"no picture with a reference could be read; the last one: {failure}") from failure
+                first, second = (self._reader.cut(one, generator, unreadable) for one in (pair.target, pair.reference))
+                return partial(self._row, pair, wordless, first, second, generator, unreadable)
+            except DatasetError:
+                continue
+        self._reader.leave_out(unreadable)
+        *_, last = unreadable.values()
+        raise DatasetError(f"no picture with a reference could be read; the last one: {last}")
 
-    def _row(self, pair: FacePair, wordless: bool, first: Cut, second: Cut, generator: torch.Generator) -> _Row:
+    def _row(
+        self,
+        pair: FacePair,
+        wordless: bool,
+        first: Cut,
+        second: Cut,
+        generator: torch.Generator,
+        unreadable: Mapping[Path, str],
+    ) -> _Row:
+        self._reader.leave_out(unreadable)
         target = self._reader.target(pair.target, first)
         reference = self._reader.reference(pair, second, generator)
         latents, reference_latents = target.latents(generator), reference.latents(generator)

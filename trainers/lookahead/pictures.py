@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,18 +107,32 @@ class PictureReader:
         names = some_names([path.name for path in self.unreadable])
         return [f"{len(self.unreadable)} pictures could not be read and were left out ({names})"]
 
-    def cut(self, picture: FacePicture, generator: torch.Generator) -> Cut:
-        """Read a picture; DatasetError when it cannot be read. Asks no network, so that another thread may read."""
-        if picture.path in self.unreadable:
-            raise DatasetError(self.unreadable[picture.path])
+    def cut(self, picture: FacePicture, generator: torch.Generator, unreadable: dict[Path, str]) -> Cut:
+        """Read a picture. Asks no network and changes nothing here, so that another thread may read.
+
+        Args:
+            unreadable: takes a picture that cannot be read, for ``leave_out``.
+
+        Raises:
+            DatasetError: it cannot be read.
+        """
+        known = self.unreadable.get(picture.path) or unreadable.get(picture.path)
+        if known:
+            raise DatasetError(known)
         try:
             opened = Picture.from_file(picture.path).open()
         except DatasetError as error:
-            self.unreadable[picture.path] = str(error)
-            warnings.warn(f"left out of the training: {error}", stacklevel=2)
+            unreadable[picture.path] = str(error)
             raise
         cut = opened.cut(self.side, crop=self._crop, generator=generator)
         return cut.pixels, (picture.path, cut.crop_top_left)
+
+    def leave_out(self, unreadable: Mapping[Path, str]) -> None:
+        """Remember and warn of pictures that cannot be read, of each once."""
+        for path, error in unreadable.items():
+            if path not in self.unreadable:
+                self.unreadable[path] = error
+                warnings.warn(f"left out of the training: {error}", stacklevel=2)
 
     def _look(self, pixels: Tensor, name: str) -> Encoded:
         face = self._face(pixels)
