@@ -74,14 +74,17 @@ class TrainedConcept:
         ]
 
     @torch.no_grad()
-    def follow(self, encodings: Tensor, rows: Tensor) -> None:
+    def follow(self, encodings: Tensor, rows: Tensor, decay: float | None = None) -> None:
         """Move the target input towards the word's encoding; once per micro-batch, before the UNet runs.
 
         Args:
             encodings: of the micro-batch's prompts with the word, (batch, tokens, dim).
             rows: of the word in them, (batch,).
+            decay: by default the settings'; 0 goes all the way.
         """
-        moved = moved_target_input(self.target_input, encodings, rows, self._config.ema_decay)
+        moved = moved_target_input(
+            self.target_input, encodings, rows, self._config.ema_decay if decay is None else decay
+        )
         self._place(self._ranks.mean(moved))
 
     def state_dict(self) -> dict[str, Any]:

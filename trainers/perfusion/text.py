@@ -9,7 +9,7 @@ from ...models.families import Family
 from ...models.perfusion import concept_row
 from ...models.tokens import LearnedToken
 from ..conditioning import Conditioning
-from ..text import LENGTH, PromptEmbeds, PromptEncoder, initializer_ids
+from ..text import PromptEmbeds, PromptEncoder, initializer_ids
 from .prompts import Prompt
 
 
@@ -69,7 +69,7 @@ class ConceptText:
 
     def superclass_rows(self, prompts: Sequence[Prompt]) -> Tensor:
         """Row of the superclass in each prompt with it, (prompts,); of several tokens the last."""
-        return (self.rows(prompts) - self._last + self._more).clamp(max=LENGTH - 2)
+        return self.rows(prompts) - self._last + self._more
 
     def _row(self, text: str) -> int:
         if text not in self._rows:

@@ -99,6 +99,8 @@ def train(
     order.load_state_dict(kept[1])
     encodings = text.encode_frozen([prompt.superclass for prompt in first]).embeds
     concept = TrainedConcept(config, unet, covariance, encodings, text.superclass_rows(first), prepared.ranks)
+    if token.rows > 1:  # the last of them is elsewhere when the superclass is shorter
+        concept.follow(text.encode_frozen([prompt.text for prompt in first]).embeds, text.rows(first), decay=0.0)
 
     def conditioning(shown: Sequence[Prompt], time_ids: Tensor) -> Conditioning:
         with autocast(config.precision, device):

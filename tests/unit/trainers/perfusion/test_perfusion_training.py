@@ -241,14 +241,18 @@ def test_a_word_of_several_rows_and_a_superclass_of_several_tokens(tiny, inside)
     assert concept.superclass == "brown teddy bear" and concept.trigger == "<bear>"
 
 
-def test_the_target_input_follows_the_last_of_several_rows(tiny, inside):
-    token = LearnedToken("<bear>", "brown teddy bear", 3)
-    settings = {"ema_decay": 0.0, "batch_size": 1, "learning_rate": 1e-6, "prompts": "captions"}
+@pytest.mark.parametrize(
+    ("superclass", "first", "place"), [("brown teddy bear", "brown teddy bear", 6), ("teddy", "teddy teddy teddy", 4)]
+)
+def test_the_target_input_is_that_of_the_last_of_several_rows(tiny, inside, superclass, first, place):
+    token = LearnedToken("<bear>", superclass, 3)
+    settings = {"ema_decay": 0.5, "batch_size": 1, "learning_rate": 1e-6, "prompts": "captions"}
     tiny.train(dataset=tiny.dataset(token), steps=1, **settings)
     base, (concept,) = tiny.base(), inside["concepts"]
     encoder = PromptEncoder(base.family, base.load_text_encoders(), base.tokenizer())
-    embeds = encoder.encode(["a photo of brown teddy bear"]).embeds[0]
+    embeds, plain = (encoder.encode([f"a photo of {words}"]).embeds[0] for words in (first, superclass))
     torch.testing.assert_close(concept.target_input, embeds[6], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(concept._superclass, plain[None, place], rtol=1e-5, atol=1e-6)
 
 
 def test_an_output_for_each_position(tiny):
@@ -307,6 +311,17 @@ def test_the_best_weights_come_with_their_target_input(tiny, inside):
     assert result.train.best_step == best
     until = tiny.train(steps=best, embedding_learning_rate=0.2, ema_decay=0.3, name="until")
     assert equal(result, until)
+
+
+@pytest.mark.parametrize(("guidance", "prompts"), [(1.0, ["a photo of teddy"]), (3.0, ["", "a photo of teddy"])])
+def test_locked_previews_show_keys_the_superclass_in_the_rows_with_the_word(tiny, monkeypatch, guidance, prompts):
+    shown, make = [], train.LockedPreviews
+    monkeypatch.setattr(train, "LockedPreviews", lambda *args: shown.append(args[2]) or make(*args))
+    sampled = {"preview_every": 1, "preview_steps": 1, "preview_guidance": guidance}
+    tiny.train(steps=1, prompts="captions", **sampled)
+    base = tiny.base()
+    encoder = PromptEncoder(base.family, base.load_text_encoders(), base.tokenizer())
+    torch.testing.assert_close(shown[0], encoder.encode_frozen(prompts).embeds)
 
 
 def test_evaluations_and_previews_do_not_change_the_course(tiny):
