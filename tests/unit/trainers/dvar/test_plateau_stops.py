@@ -151,4 +151,4 @@ def test_the_datasets_pictures_are_not_open_together(tiny, tiny_clip, monkeypatc
     monkeypatch.setattr(likeness, "AT_ONCE", 2)
     parts = likeness.Likeness(tiny_clip, dataset, torch.device("cpu"))
     assert len(opened) == len(dataset.examples) == 3 and max(most) < 3
-    torch.testing.assert_close(parts._references, whole._references, rtol=0, atol=1e-6)
+    torch.testing.assert_close(parts._references, whole._references, rtol=0, atol=1e-5)
