@@ -19,6 +19,7 @@ from ..models.lookahead import append_or_repeat, for_batch, region_tokens
 from ..models.lookahead.encoder import LookaheadEncoder
 from ..models.lookahead.encoder_parts import KeyValueCopy
 from ..models.lookahead.identity import Identity
+from ..models.lora import LowRankDelta
 from .identity_roles import ROLES, RUN, Role, Run
 from .switchable_lora import call_options
 from .unet_names import host_names
@@ -119,7 +120,12 @@ class _Call:
 
     def _keeper(self, block: str, position: int, copy: KeyValueCopy, ends: bool) -> Callable:
         def keep(projection: nn.Module, args: tuple, _output: Tensor) -> None:
-            taken = _project(projection, copy, args[0])
+            (x,) = args
+            if isinstance(copy, LowRankDelta):  # small enough to stay on the device for the run
+                key = ("copy", block, position, x.dtype, x.device)
+                taken = _project(projection, self.run.once(key, lambda: copy.to(x)), x)
+            else:
+                taken = _project(projection, copy, x)
             for role, rows in zip(self.chunks, taken.chunk(len(self.chunks))):
                 if role.keep:
                     kept = self.run.references.setdefault(role.keep, {}).setdefault(block, [None, None])

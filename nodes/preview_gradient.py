@@ -96,11 +96,21 @@ class Decoder:
         return cls(patcher, decode)
 
 
+class _Whole(comfy.model_patcher.ModelPatcher):
+    """Moves its network as a whole: of layers that are not the host's own, some cannot stay behind."""
+
+    def partially_load(self, device_to, extra_memory=0, *args, **kwargs):
+        return super().partially_load(device_to, 1e32, *args, **kwargs)
+
+    def partially_unload(self, *_args, **_kwargs):
+        return 0  # then the host takes all of it away
+
+
 def frozen(network: nn.Module) -> comfy.model_patcher.ModelPatcher:
     """A network of ours for the host to move to the device and away, like its own."""
     memory = comfy.model_management
     network = network.train(False).requires_grad_(False)
-    return comfy.model_patcher.ModelPatcher(network, memory.get_torch_device(), memory.unet_offload_device())
+    return _Whole(network, memory.get_torch_device(), memory.unet_offload_device())
 
 
 @dataclass

@@ -120,33 +120,36 @@ class RankOneEdits:
         with ExitStack() as call:
             if run is None:  # called by a node that samples in a way of its own
                 run = _Run(None, call)
-            self._hook(executor.class_obj, run)
-            run.calls[self] = _Call(self, options, run)
-            call.callback(run.calls.pop, self)
+            now = _Call(self, options, run)
+            if torch.is_grad_enabled():  # then blocks may be recomputed when this call is long over
+                self._hook(executor.class_obj, call, lambda: now)
+            else:
+                if (self, executor.class_obj) not in run.made:
+                    run.made[self, executor.class_obj] = True
+                    self._hook(executor.class_obj, run.hooks, lambda: run.calls.get(self))
+                run.calls[self] = now
+                call.callback(run.calls.pop, self)
             return executor(x, *args, **kwargs)
 
-    def _hook(self, unet: nn.Module, run: _Run) -> None:
-        """Put hooks on the projections, once for a run."""
-        if (self, unet) in run.made:
-            return
-        run.made[self, unet] = True
+    def _hook(self, unet: nn.Module, stack: ExitStack, current: Callable[[], "_Call | None"]) -> None:
+        """Put hooks on the projections until the stack unwinds; they ask which call they serve."""
         for name, own in self.projections.items():
             module = unet.get_submodule(own)
-            before, after = _hooks(self, run, name, module)
-            run.hooks.callback(module.register_forward_pre_hook(before).remove)
-            run.hooks.callback(module.register_forward_hook(after).remove)
+            before, after = _hooks(current, name, module)
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after).remove)
 
 
-def _hooks(edits: RankOneEdits, run: _Run, name: str, module: nn.Module) -> tuple[Callable, Callable]:
+def _hooks(current: Callable[[], "_Call | None"], name: str, module: nn.Module) -> tuple[Callable, Callable]:
     """What runs before and after a projection."""
     keys = name.endswith(KEYS)
 
     def before(_module: nn.Module, args: tuple) -> tuple | None:
-        call = run.calls.get(edits)
+        call = current()
         return None if call is None else (call.edited(keys, args[0]), *args[1:])
 
     def after(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
-        call = run.calls.get(edits)
+        call = current()
         return None if call is None else output + call.answer(name, keys, module, output)
 
     return before, after
@@ -226,7 +229,7 @@ class _Call:
         if name not in self.run.outputs or self.run.changes:
             concepts = [gated.concept for gated in self.edits.concepts]
             self.run.outputs[name] = [concept.target_output(name, project) for concept in concepts]
-        outputs = [rows.to(like.device) for rows in self.run.outputs[name]]
+        outputs = self.run.outputs[name] = [rows.to(like.device) for rows in self.run.outputs[name]]
         return gated_outputs(scores, outputs).to(like.dtype)
 
 

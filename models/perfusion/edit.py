@@ -71,7 +71,7 @@ class EditSpace:
         device = targets[0].vector.device
         # float64, which not every device knows; these are a few vectors.
         vectors, duals = (
-            torch.stack([part.detach().to("cpu", torch.float64) for part in parts])
+            torch.stack([part.detach().cpu().double() for part in parts])
             for parts in ([target.vector for target in targets], [target.dual for target in targets])
         )
         gram = vectors @ duals.T  # (concepts, concepts)
@@ -148,7 +148,7 @@ class _GatedRemoval:
     @torch.no_grad()
     def components(self, similarities: Tensor, gates: Tensor) -> Tensor:
         """Along the basis, (batch, tokens, rank), float32; similarities and gates are (batch, tokens, concepts)."""
-        along, opened = (values.to("cpu", torch.float64) for values in (similarities, gates))
+        along, opened = (values.cpu().double() for values in (similarities, gates))
         weights = torch.where(self._gated, opened, 1.0)
         root = weights.sqrt()
         mixed = root.unsqueeze(-1) * self._cosines * root.unsqueeze(-2) + torch.diag_embed(1 - weights)

@@ -241,6 +241,41 @@ def test_recomputed_blocks_see_the_adapters_and_patches_of_their_own_pass(
     assert tools.relative(recomputed, kept) < 1e-5
 
 
+def test_recomputed_blocks_are_edited_by_concepts_as_in_their_own_pass(
+    tools, scene, load_helper, one_gradient, monkeypatch
+):
+    from comfyui_personalize.nodes import preview_gradient
+    from comfyui_personalize.nodes.guiding import SigmaRange
+    from comfyui_personalize.nodes.rank_one_edits import GatedConcept, attach
+
+    scene = scene("sd15")
+    concept = load_helper("host/concepts.py").make_concept(scene.model, scene.clip, "<cup>", "cup", gain=10.0)
+    start = tools.latent(2)["samples"]
+
+    def gradient(model):
+        guider = type(scene.guider)(model)
+        guider.set_conds(scene.encode("a red ring"), scene.encode(""))
+        return one_gradient(scene.guided(plain_colour(0.5, 0.0, -0.5), guider), start)[0]
+
+    edited = attach(scene.model, [GatedConcept(concept, 0.2, 0.1)], SigmaRange(0.0, 1.0))
+    recomputed, plain = gradient(edited), gradient(scene.model)
+    monkeypatch.setattr(preview_gradient, "recomputing", lambda network: contextlib.nullcontext())
+    assert tools.relative(recomputed, gradient(edited)) < 1e-5
+    assert tools.relative(recomputed, plain) > 0.01
+
+
+@pytest.mark.parametrize("memory", (0, 0.1))
+def test_a_network_of_plain_layers_moves_as_a_whole(comfy, memory):
+    from comfyui_personalize.nodes.preview_gradient import frozen
+
+    meta = torch.device("meta")
+    patcher = frozen(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.PReLU()))
+    patcher.load_device = meta
+    patcher.partially_load(meta, memory)
+    assert {tensor.device for tensor in patcher.model.state_dict().values()} == {meta}
+    assert patcher.partially_unload(torch.device("cpu"), 10) == 0
+
+
 def test_low_vram_gives_the_same_result(comfy, tools, scene, watched):
     scene = scene("sd15")
     model = tools.with_stock_loader(scene.model, tools.random_lora(scene.model, seed=1, gain=0.5))
