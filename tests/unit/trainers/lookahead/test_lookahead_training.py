@@ -93,9 +93,9 @@ def test_the_next_pictures_are_read_while_the_device_works(tiny, monkeypatch):
     settings = {"crop": "random", "gradient_accumulation": 2, "steps": 2, "evaluate_every": 0}
     seen, cut = [], PictureReader.cut
 
-    def watched(self, picture, generator):
+    def watched(*arguments):
         seen.append(threading.current_thread() is threading.main_thread())
-        return cut(self, picture, generator)
+        return cut(*arguments)
 
     monkeypatch.setattr(PictureReader, "cut", watched)
     ahead = tiny.train(name="ahead", **settings)
